@@ -1,0 +1,124 @@
+"""The CPU backend: PyTorch's own oneDNN kernels over packed tokens.
+
+The time goes to the GEMMs (87% of a MiniLM forward), so they are what this backend is about:
+weights in oneDNN's blocked layout, bias and activation in the GEMM's epilogue. Attention is SDPA's
+flash kernel, once for each run of neighbouring sequences of equal length; nothing is padded and no
+mask is built.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encoder_fast.backends.linears import Activation, PreparedLinear, activate, stack_linears
+
+HEAD_SIZES: frozenset[int] | None = None
+MAX_WIDTH: int | None = None
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# oneDNN's names: (attribute, algorithm). "none" is the erf form of its GELU.
+_EPILOGUES = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this processor and this build of PyTorch have oneDNN's linear in ``dtype``."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+) -> Tensor:
+    total, num_heads, head_size = q.shape
+    out = q.new_empty(total, num_heads, head_size)
+    bounds = cu_seqlens.tolist()
+    batch_size = len(bounds) - 1
+    first = 0
+    while first < batch_size:
+        length = bounds[first + 1] - bounds[first]
+        last = first + 1
+        while last < batch_size and bounds[last + 1] - bounds[last] == length:
+            last += 1
+        if length:
+            rows = slice(bounds[first], bounds[last])
+            shape = (last - first, length, num_heads, head_size)
+            context = F.scaled_dot_product_attention(
+                *(x[rows].view(shape).transpose(1, 2) for x in (q, k, v)), scale=softmax_scale
+            )
+            out[rows].view(shape).copy_(context.transpose(1, 2))
+        first = last
+    # a bucketed batch may carry tokens that belong to no sequence
+    if bounds[-1] < total:
+        out[bounds[-1] :].zero_()
+    return out
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+) -> Tensor:
+    for term in (x_bias, residual):
+        if term is not None:
+            x = x + term
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def embed_layer_norm(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor | None,
+    token_type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    x = F.embedding(input_ids, word)
+    for ids, table in ((token_type_ids, token_type), (position_ids, position)):
+        if ids is not None and table is not None:
+            x = x + F.embedding(ids, table)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def prepare_linear(weights: list[Tensor], biases: list[Tensor | None]) -> PreparedLinear:
+    weight, bias = stack_linears(weights, biases)
+    if has_onednn(weight.dtype):
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        return PreparedLinear(reordered, bias, weight.dtype, fused=True)
+    if weight.dtype == torch.float16 and has_onednn(torch.float32):
+        # Few processors multiply float16: there PyTorch's own GEMM is many times slower than
+        # oneDNN's in float32, which is also the more exact of the two.
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.float())
+        wide_bias = None if bias is None else bias.float()
+        return PreparedLinear(reordered, wide_bias, torch.float32, fused=True)
+    return PreparedLinear(weight, bias, weight.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    prepared = PreparedLinear(weight, bias, weight.dtype, fused=has_onednn(weight.dtype))
+    return linear_prepared(x, prepared, activation)
+
+
+def linear_prepared(x: Tensor, prepared: PreparedLinear, activation: Activation | None) -> Tensor:
+    if not prepared.fused:
+        return activate(F.linear(x, prepared.weight, prepared.bias), activation)
+    attribute, algorithm = "none", ""
+    if isinstance(activation, str):
+        attribute, algorithm = _EPILOGUES[activation]
+        activation = None
+    y = torch.ops.mkldnn._linear_pointwise(
+        x.to(prepared.dtype), prepared.weight, prepared.bias, attribute, [], algorithm
+    )
+    return activate(y.to(x.dtype), activation)

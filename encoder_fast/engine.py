@@ -1,0 +1,93 @@
+"""The encoder loop: one for all families.
+
+Runs an :class:`~encoder_fast.spec.EncoderSpec` over a :class:`~encoder_fast.packing.PackedBatch`.
+Everything here is ``(total, ...)``: nothing knows of padding, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encoder_fast.ops import add_layer_norm, attention, embed_layer_norm, linear
+from encoder_fast.packing import PackedBatch
+from encoder_fast.spec import EmbeddingSpec, EncoderSpec
+from encoder_fast.weights import LayerWeights
+
+
+def embed(
+    spec: EmbeddingSpec,
+    backend: str,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Tensor:
+    """The first hidden state.
+
+    Args:
+        position_ids, token_type_ids, input_ids: integers ``(total,)``; no token types means zeros.
+        inputs_embeds: ``(total, N)`` in place of the word embeddings of ``input_ids``.
+    """
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(position_ids)
+    norm, eps = spec.norm, spec.norm.eps
+    if inputs_embeds is not None:
+        types = F.embedding(token_type_ids, spec.token_type.weight)
+        positions = F.embedding(position_ids, spec.position.weight)
+        return add_layer_norm.operator.run(
+            inputs_embeds + types, positions, norm.weight, norm.bias, eps, None, backend
+        )
+    return embed_layer_norm.operator.run(
+        input_ids,
+        position_ids,
+        token_type_ids,
+        spec.word.weight,
+        spec.position.weight,
+        spec.token_type.weight,
+        norm.weight,
+        norm.bias,
+        eps,
+        backend,
+    )
+
+
+def encode(
+    spec: EncoderSpec,
+    weights: list[LayerWeights],
+    backend: str,
+    batch: PackedBatch,
+    hidden: Tensor,
+    collect: list[Tensor] | None = None,
+) -> Tensor:
+    """Run the layers.
+
+    Args:
+        hidden: ``(total, N)``, the embeddings.
+        collect: where given, each layer's output is appended to it.
+
+    Returns:
+        ``(total, N)``, the last hidden state.
+    """
+    for layer, prepared in zip(spec.layers, weights, strict=True):
+        qkv = linear.run(hidden, prepared.qkv, None, backend)
+        q, k, v = qkv.view(batch.total, 3, layer.num_heads, layer.head_size).unbind(1)
+        context = attention.operator.run(
+            q, k, v, batch.cu_seqlens, batch.max_seqlen, layer.head_size**-0.5, backend
+        )
+        attended = linear.run(context.flatten(1), prepared.attention_out, None, backend)
+        hidden = _add_norm(layer.attention_norm, attended, hidden, backend)
+        inner = linear.run(hidden, prepared.ffn_in, layer.activation, backend)
+        hidden = _add_norm(
+            layer.ffn_norm, linear.run(inner, prepared.ffn_out, None, backend), hidden, backend
+        )
+        if collect is not None:
+            collect.append(hidden)
+    return hidden
+
+
+def _add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor, backend: str) -> Tensor:
+    return add_layer_norm.operator.run(
+        x, residual, norm.weight, norm.bias, norm.eps, None, backend
+    )

@@ -1,0 +1,53 @@
+"""How an op is registered and called: the same few lines for all of them.
+
+A registered op has a fake implementation, so ``torch.compile`` traces it without a graph break,
+and no autograd formula: these ops are for inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoder_fast.backends import load
+
+_LIBRARY = torch.library.Library("encoder_fast", "DEF")
+
+
+class Operator:
+    """``encoder_fast::<name>``; its last argument is the name of a backend."""
+
+    def __init__(self, schema: str, fake: Callable[..., Tensor]) -> None:
+        self.name = schema.split("(", 1)[0]
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(self.name, self._call_backend, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"encoder_fast::{self.name}", fake, lib=_LIBRARY)
+        self.dispatch: Callable[..., Tensor] = getattr(torch.ops.encoder_fast, self.name).default
+
+    def _call_backend(self, *arguments: Any) -> Tensor:
+        return getattr(load(arguments[-1]), self.name)(*arguments[:-1])
+
+    def run(self, *arguments: Any) -> Tensor:
+        """What the engine calls: the dispatcher costs microseconds and is passed by outside a trace."""
+        if torch.compiler.is_compiling():
+            return self.dispatch(*arguments)
+        return self._call_backend(*arguments)
+
+
+def forbid_grad(op: str, *tensors: Tensor | None) -> None:
+    """Raise where autograd would expect a gradient that the op can't give."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise RuntimeError(
+            f"{op} is for inference and has no gradient: call it under torch.no_grad(), or detach "
+            "its inputs"
+        )
+
+
+def check_dtype(backend: str, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` where a backend does not run a dtype."""
+    known = load(backend).DTYPES
+    if dtype not in known:
+        raise ValueError(f"backend {backend!r} runs {', '.join(map(str, known))}, got {dtype}")

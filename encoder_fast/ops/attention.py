@@ -1,0 +1,90 @@
+"""Variable-length bidirectional attention over packed tokens.
+
+For each sequence and head, ``softmax(q kᵀ · softmax_scale) v`` over the keys of that sequence
+alone. No score matrix is kept (Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from encoder_fast.backends import load, resolve
+from encoder_fast.ops._library import Operator, check_dtype, forbid_grad
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend within each packed sequence.
+
+    Args:
+        q, k, v: ``(total, H, D)``, float16, bfloat16 or float32 (float64 too on ``reference``); any
+            strides with the last one 1, so views of one ``(total, 3, H, D)`` projection are fine.
+        cu_seqlens: int32 ``(B + 1,)`` on the same device; sequence ``b`` is tokens
+            ``cu_seqlens[b]:cu_seqlens[b + 1]``. Tokens after the last one belong to no sequence;
+            their rows come back as zeros.
+        max_seqlen: the longest sequence, or more.
+        softmax_scale: ``D ** -0.5`` where it is ``None``.
+        backend: ``auto``, or a backend by name, which runs or raises.
+
+    Returns:
+        ``(total, H, D)``, contiguous, in q's dtype.
+
+    Raises:
+        ValueError: shapes, strides, dtypes or devices don't fit.
+        BackendUnavailableError: the backend can't run there.
+    """
+    if q.dim() != 3 or k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(
+            "q, k and v must have one shape (total, H, D), got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(2) != 1 and x.numel():
+            raise ValueError(f"{name}'s last stride must be 1, got strides {x.stride()}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(
+            "cu_seqlens must be int32 of shape (B + 1,), got "
+            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}")
+    if not cu_seqlens.is_contiguous():
+        raise ValueError(f"cu_seqlens must be contiguous, got stride {cu_seqlens.stride()}")
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+    forbid_grad("attention", q, k, v)
+    name, _ = resolve(backend, q.device)
+    check_dtype(name, q.dtype)
+    reason = why_no_head_size(name, q.shape[2])
+    if reason is not None:
+        raise ValueError(reason)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    return operator.dispatch(q, k, v, cu_seqlens, max_seqlen, scale, name)
+
+
+def why_no_head_size(backend: str, head_size: int) -> str | None:
+    """Why a backend's attention can't run a head size; ``None`` where it can."""
+    known = load(backend).HEAD_SIZES
+    if known is None or head_size in known:
+        return None
+    return f"backend {backend!r} runs head sizes {sorted(known)}, got {head_size}"
+
+
+operator = Operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, "
+    "float softmax_scale, str backend) -> Tensor",
+    fake=lambda q, *_: q.new_empty(q.shape),
+)

@@ -1,0 +1,184 @@
+"""Packing: a padded batch as one row of tokens, and back.
+
+``pack`` turns a padding mask into a :class:`PackedBatch`: where each real token sits in the padded
+batch, and where each sequence begins among the packed tokens. It runs once per forward, before the
+embeddings; everything between it and :meth:`PackedBatch.unpack` knows nothing of padding.
+
+Host synchronisation: one when the lengths have to be read from a mask on a GPU
+(:func:`read_mask`), none when there is no mask or when the lengths are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Where the real tokens of a padded batch are.
+
+    Attributes:
+        cu_seqlens: int32 ``(B + 1,)``, sequence ``b`` is tokens ``cu_seqlens[b]:cu_seqlens[b + 1]``.
+        max_seqlen: the longest sequence, in tokens.
+        total: the number of real tokens.
+        batch_size: ``B``, rows without a token included.
+        padded_length: ``S``, the columns of the padded batch.
+        indices: int64 ``(total,)``, each token's place in the flattened ``(B * S)`` batch; ``None``
+            when there is no padding, so that packing is a view.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    total: int
+    batch_size: int
+    padded_length: int
+    indices: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(B, S)`` of the padded batch."""
+        return self.batch_size, self.padded_length
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """``(B, S, ...)`` to ``(total, ...)``; a leading dimension of 1 is broadcast to ``B``."""
+        if padded.shape[0] != self.batch_size:
+            padded = padded.expand(self.batch_size, *padded.shape[1:])
+        flat = padded.reshape(self.batch_size * self.padded_length, *padded.shape[2:])
+        return flat if self.indices is None else flat.index_select(0, self.indices)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """``(total, ...)`` to ``(B, S, ...)``, zeros where the batch is padded."""
+        rest = packed.shape[1:]
+        if self.indices is None:
+            return packed.reshape(*self.shape, *rest)
+        flat = packed.new_zeros(self.batch_size * self.padded_length, *rest)
+        return flat.index_copy_(0, self.indices, packed).view(*self.shape, *rest)
+
+    def columns(self) -> Tensor:
+        """int64 ``(total,)``: each token's column in the padded batch."""
+        if self.indices is None:
+            columns = torch.arange(self.padded_length, device=self.cu_seqlens.device)
+            return columns.repeat(self.batch_size)
+        return self.indices % self.padded_length
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFacts:
+    """What the host has to know of a mask: read in one transfer by :func:`read_mask`.
+
+    Attributes:
+        total: the number of ones.
+        max_seqlen: the ones of the fullest row.
+        is_binary: every value is 0 or 1.
+        first_column_filled: no row with a token has a zero in column 0.
+        ids_in_range: every real token's id is within the range asked about.
+    """
+
+    total: int
+    max_seqlen: int
+    is_binary: bool
+    first_column_filled: bool
+    ids_in_range: bool
+
+
+def read_mask(mask: Tensor, input_ids: Tensor | None = None, vocab_size: int = 0) -> MaskFacts:
+    """Read all the host needs of a ``(B, S)`` mask in one device-to-host transfer.
+
+    With ``input_ids`` it also checks, in the same transfer, that the real tokens' ids lie in
+    ``[0, vocab_size)``: on a GPU a wrong id otherwise kills the CUDA context.
+    """
+    if mask.numel() == 0:
+        return MaskFacts(0, 0, True, True, True)
+    valid = mask != 0
+    lengths = valid.sum(dim=1)
+    odd = torch.zeros((), dtype=torch.int64, device=mask.device)
+    if mask.dtype != torch.bool:
+        odd = (valid & (mask != 1)).any().long()
+    headless = ((lengths > 0) & ~valid[:, 0]).any().long()
+    outside = torch.zeros_like(odd)
+    if input_ids is not None:
+        outside = (valid & ((input_ids < 0) | (input_ids >= vocab_size))).any().long()
+    facts = torch.stack([lengths.sum(), lengths.max(), odd, headless, outside]).tolist()
+    return MaskFacts(facts[0], facts[1], not facts[2], not facts[3], not facts[4])
+
+
+def pack(mask: Tensor, facts: MaskFacts | None = None) -> PackedBatch:
+    """Pack by a padding mask.
+
+    Args:
+        mask: ``(B, S)``, 1 for a real token and 0 for padding, of any dtype. The padding may be on
+            the right, on the left or anywhere between; rows without a token are fine.
+        facts: what :func:`read_mask` found of this mask, where the caller has it already.
+
+    Raises:
+        ValueError: the mask is not two-dimensional, or holds values other than 0 and 1.
+    """
+    if mask.dim() != 2:
+        raise ValueError(f"mask must have shape (B, S), got {tuple(mask.shape)}")
+    if facts is None:
+        facts = read_mask(mask)
+    if not facts.is_binary:
+        raise ValueError("mask must hold 0 and 1 only")
+    batch_size, padded_length = mask.shape
+    if facts.total == mask.numel():
+        return pack_full(batch_size, padded_length, mask.device)
+    valid = mask != 0
+    cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(valid.sum(dim=1), dim=0, out=cu_seqlens[1:])
+    # Each real token's place among the packed ones is the count of ones before it. Padding is sent
+    # to one slot past the end. Unlike nonzero, this needs no host wait for the size.
+    flat = valid.reshape(-1)
+    slots = torch.where(flat, flat.cumsum(0) - 1, facts.total)
+    sources = torch.arange(flat.numel(), device=mask.device)
+    indices = sources.new_zeros(facts.total + 1).scatter_(0, slots, sources)[: facts.total]
+    return PackedBatch(
+        cu_seqlens, facts.max_seqlen, facts.total, batch_size, padded_length, indices
+    )
+
+
+def pack_full(batch_size: int, padded_length: int, device: torch.device | str) -> PackedBatch:
+    """A batch without padding: nothing to read from the device, nothing to copy."""
+    cu_seqlens = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * padded_length
+    total = batch_size * padded_length
+    longest = padded_length if batch_size else 0
+    return PackedBatch(cu_seqlens, longest, total, batch_size, padded_length, None)
+
+
+def pack_lengths(
+    lengths: Sequence[int], *, padded_length: int | None = None, device: torch.device | str = "cpu"
+) -> PackedBatch:
+    """Pack right-padded sequences whose lengths are known on the host: no synchronisation.
+
+    Args:
+        lengths: tokens of each sequence, zero included.
+        padded_length: columns of the padded batch; the longest sequence where it is ``None``.
+        device: where the index tensors go.
+
+    Raises:
+        ValueError: a length is negative or exceeds ``padded_length``.
+    """
+    longest = max(lengths, default=0)
+    padded = longest if padded_length is None else padded_length
+    if longest > padded or min(lengths, default=0) < 0:
+        raise ValueError(f"lengths must lie in [0, {padded}], got {list(lengths)}")
+    host = torch.tensor(lengths, dtype=torch.int64)
+    total = int(host.sum())
+    if total == len(lengths) * padded:
+        return pack_full(len(lengths), padded, device)
+    ends = host.cumsum(0)
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+    # token i of sequence b sits at b * S + (i - start of b)
+    row_shift = torch.arange(len(lengths)) * padded - (ends - host)
+    indices = torch.arange(total) + torch.repeat_interleave(row_shift, host)
+    return PackedBatch(
+        cu_seqlens.to(device, non_blocking=True),
+        longest,
+        total,
+        len(lengths),
+        padded,
+        indices.to(device, non_blocking=True),
+    )

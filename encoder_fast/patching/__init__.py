@@ -1,0 +1,10 @@
+"""Putting the fast path into a live model, and taking it out again.
+
+The only place that touches a model, and the only place that decides between the fast path and the
+original forward.
+"""
+
+from encoder_fast.patching.patch import patch, patched, unpatch
+from encoder_fast.patching.report import Report, report
+
+__all__ = ["Report", "patch", "patched", "report", "unpatch"]

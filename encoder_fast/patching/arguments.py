@@ -1,0 +1,82 @@
+"""Reading the arguments of a Hugging Face encoder's forward, on transformers 4.56 to 5.x."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+from encoder_fast.errors import NotFastError
+
+
+@dataclass(slots=True)
+class Arguments:
+    """One call's arguments, as far as the fast path knows them."""
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    attention_mask: Tensor | None
+    token_type_ids: Tensor | None
+    position_ids: Tensor | None
+    output_hidden_states: bool
+    return_dict: bool
+
+
+@lru_cache(maxsize=256)
+def parameter_names(cls: type) -> tuple[str, ...]:
+    """The names of the forward's parameters after ``self``, ``**kwargs`` left out."""
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+_TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
+_FLAGS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
+
+
+def read_arguments(
+    cls: type, config: Any, args: tuple, kwargs: dict[str, Any]
+) -> Arguments:
+    """The call's arguments.
+
+    Raises:
+        NotFastError: the fast path can't take them.
+    """
+    names = parameter_names(cls)
+    if len(args) > len(names):
+        raise NotFastError("more positional arguments than the model takes")
+    given = dict(zip(names, args, strict=False))
+    if given.keys() & kwargs.keys():
+        raise NotFastError("an argument given twice")
+    given.update(kwargs)
+    for name, value in given.items():
+        if value is not None and name not in _TENSORS and name not in _FLAGS:
+            raise NotFastError(f"argument {name}")
+    for name in _TENSORS:
+        value = given.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            raise NotFastError(f"{name} is a {type(value).__name__}, not a tensor")
+    if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
+        raise NotFastError("not exactly one of input_ids and inputs_embeds")
+    flag = given.get("output_attentions")
+    if getattr(config, "output_attentions", False) if flag is None else flag:
+        raise NotFastError("output_attentions")
+    hidden_states = given.get("output_hidden_states")
+    if hidden_states is None:
+        hidden_states = getattr(config, "output_hidden_states", False)
+    # transformers 5 also takes the indices of the hidden states that are wanted
+    if not isinstance(hidden_states, bool) and hidden_states is not None:
+        raise NotFastError("output_hidden_states by index")
+    return_dict = given.get("return_dict")
+    if return_dict is None:
+        return_dict = getattr(config, "return_dict", True)
+        # transformers 4, whose forward takes return_dict itself, drops the dict for TorchScript
+        if "return_dict" in names and getattr(config, "torchscript", False):
+            return_dict = False
+    return Arguments(
+        *(given.get(name) for name in _TENSORS),
+        output_hidden_states=bool(hidden_states),
+        return_dict=bool(return_dict),
+    )

@@ -1,0 +1,124 @@
+"""What runs fast, on which backend, what fell back, how often, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from torch import nn
+
+STATE = "_encoder_fast"
+"""The attribute under which a patched model carries its state; it is no module and no buffer."""
+
+
+@dataclass
+class Counts:
+    """The calls of one encoder. Safe to share between threads."""
+
+    fast: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def count_fast(self) -> None:
+        with self._lock:
+            self.fast += 1
+
+    def count_fallback(self, reason: str) -> None:
+        with self._lock:
+            self.fallbacks[reason] += 1
+
+    def snapshot(self) -> tuple[int, dict[str, int]]:
+        with self._lock:
+            return self.fast, dict(self.fallbacks)
+
+
+@dataclass(frozen=True)
+class EncoderReport:
+    """One encoder inside the model.
+
+    Attributes:
+        path: where it sits, ``""`` for the model itself.
+        model_class: the name of its class.
+        family: the family that read it.
+        backend: the backend of its last fast call, or the one chosen at patch time.
+        why: why that backend.
+        fast_calls: calls that ran on the fast path.
+        fallbacks: calls that ran the original forward, by reason.
+    """
+
+    path: str
+    model_class: str
+    family: str
+    backend: str
+    why: str
+    fast_calls: int
+    fallbacks: dict[str, int]
+
+    def __str__(self) -> str:
+        where = f" at {self.path}" if self.path else ""
+        lines = [
+            f"{self.model_class}{where}: family {self.family}, backend {self.backend} ({self.why})",
+            f"  fast calls: {self.fast_calls}",
+        ]
+        if self.fallbacks:
+            lines.append(f"  original forward: {sum(self.fallbacks.values())}")
+            for reason, count in sorted(self.fallbacks.items(), key=lambda item: -item[1]):
+                lines.append(f"    {count} × {reason}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`report` returns; ``print`` it."""
+
+    encoders: tuple[EncoderReport, ...]
+
+    @property
+    def fast_calls(self) -> int:
+        return sum(encoder.fast_calls for encoder in self.encoders)
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Calls that ran the original forward, by reason, over all encoders."""
+        total: Counter[str] = Counter()
+        for encoder in self.encoders:
+            total.update(encoder.fallbacks)
+        return dict(total)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.encoders)) or "not patched"
+
+
+def report(model: object) -> Report:
+    """What has run in a patched model since it was patched.
+
+    Args:
+        model: what was given to :func:`~encoder_fast.patch`, or any module that holds it.
+
+    Returns:
+        A :class:`Report`, one entry for each patched encoder; empty where nothing is patched.
+    """
+    from encoder_fast.patching.patch import root_module
+
+    entries = []
+    for path, module in root_module(model).named_modules():
+        state = module.__dict__.get(STATE)
+        if state is not None:
+            entries.append(_entry(path, module, state))
+    return Report(tuple(entries))
+
+
+def _entry(path: str, module: nn.Module, state: Any) -> EncoderReport:
+    fast, fallbacks = state.counts.snapshot()
+    backend, why = state.chosen
+    return EncoderReport(
+        path=path,
+        model_class=type(module).__name__,
+        family=state.family.name,
+        backend=backend,
+        why=why,
+        fast_calls=fast,
+        fallbacks=fallbacks,
+    )

@@ -1,0 +1,68 @@
+"""Watching the modules whose arithmetic the engine takes over.
+
+The engine reads weights and calls none of these modules. So whatever a user attaches to one of
+them after patching (a hook, an adapter, a replaced layer, training mode) must be seen before each
+call; this costs a fraction of a microsecond a module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from encoder_fast.errors import NotFastError
+
+# transformers leaves these on layers once attentions were asked for; they do nothing on their own.
+_HARMLESS_HOOKS = "transformers.utils.output_capturing"
+
+
+class Stack:
+    """The subtree under some children of a model, as it was when it was read."""
+
+    def __init__(self, model: nn.Module, children: tuple[str, ...]) -> None:
+        self._edges: list[tuple[dict[str, nn.Module | None], str, nn.Module, type, Any]] = []
+        self._sizes: list[tuple[dict[str, nn.Module | None], int]] = []
+        for name in children:
+            self._watch(model, name)
+
+    def _watch(self, parent: nn.Module, name: str) -> None:
+        child = parent._modules[name]
+        if child is None:
+            return
+        cls = type(child)
+        self._edges.append((parent._modules, name, child, cls, cls.forward))
+        self._sizes.append((child._modules, len(child._modules)))
+        for grandchild in child._modules:
+            self._watch(child, grandchild)
+
+    def is_unchanged(self) -> bool:
+        """Whether every module is still the one that was read, with the class and forward it had."""
+        for children, name, child, cls, forward in self._edges:
+            if (
+                children.get(name) is not child
+                or type(child) is not cls
+                or cls.forward is not forward
+            ):
+                return False
+        return all(len(children) == size for children, size in self._sizes)
+
+    def check_passable(self) -> None:
+        """Raise :class:`NotFastError` where something on a module wants to run or to be seen."""
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            raise NotFastError("global module hooks are registered")
+        for _, name, child, cls, _ in self._edges:
+            state = child.__dict__
+            if state["training"]:
+                raise NotFastError(f"training mode ({name} is in it; call model.eval())")
+            if state["_forward_pre_hooks"] or (
+                state["_forward_hooks"] and _has_user_hook(state["_forward_hooks"])
+            ):
+                raise NotFastError(f"a hook on {cls.__name__} inside the stack")
+            if "forward" in state:
+                raise NotFastError(f"the forward of a {cls.__name__} inside the stack was replaced")
+
+
+def _has_user_hook(hooks: dict) -> bool:
+    return any(getattr(hook, "__module__", None) != _HARMLESS_HOOKS for hook in hooks.values())

@@ -1,0 +1,258 @@
+"""One patched encoder: its options, its counts, and the decision for each call."""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoder_fast import engine
+from encoder_fast.backends import load, resolve
+from encoder_fast.errors import (
+    BackendUnavailableError,
+    FallbackError,
+    NotFastError,
+    UnsupportedModelError,
+)
+from encoder_fast.families import Family
+from encoder_fast.ops.attention import why_no_head_size
+from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
+from encoder_fast.patching.arguments import Arguments, parameter_names, read_arguments
+from encoder_fast.patching.report import Counts
+from encoder_fast.patching.stack import Stack
+from encoder_fast.spec import EncoderSpec
+from encoder_fast.weights import WeightCache
+
+NOT_FAST = object()
+"""What :meth:`EncoderState.attempt` returns where the original forward has to run."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The model as it was read, on the device where it was."""
+
+    owner: weakref.ref[nn.Module]
+    spec: EncoderSpec
+    stack: Stack
+    device: torch.device
+    backend: str
+    why: str
+    cache: WeightCache
+
+    def still_holds(self, model: nn.Module) -> bool:
+        return (
+            self.owner() is model
+            and self.stack.is_unchanged()
+            and self.spec.embeddings.word.weight.device == self.device
+        )
+
+
+class EncoderState:
+    """What a patched encoder carries in its ``__dict__``.
+
+    It owns no parameter. A deep copy of the model gets a state of its own with the same options,
+    which reads the copy at its first call.
+    """
+
+    def __init__(self, family: Family, original: type[nn.Module], backend: str, strict: bool):
+        self.family = family
+        self.original = original
+        self.backend = backend
+        self.strict = strict
+        self.counts = Counts()
+        # Replaced as a whole: threads that race see one reading or another.
+        self._reading: _Reading | None = None
+
+    def __deepcopy__(self, memo: dict) -> EncoderState:
+        return EncoderState(self.family, self.original, self.backend, self.strict)
+
+    @property
+    def chosen(self) -> tuple[str, str]:
+        """The backend in use and why; the one asked for before the model was first read."""
+        reading = self._reading
+        return (self.backend, "not read yet") if reading is None else (reading.backend, reading.why)
+
+    def read(self, model: nn.Module) -> _Reading:
+        """Read the model as it is now.
+
+        Raises:
+            UnsupportedModelError: it can't run fast in any call.
+            BackendUnavailableError: the backend can't run where the model is.
+        """
+        spec = self.family.read(model)
+        device = spec.embeddings.word.weight.device
+        backend, why = resolve(self.backend, device)
+        for head_size in sorted(spec.head_sizes):
+            reason = why_no_head_size(backend, head_size)
+            if reason is not None:
+                raise UnsupportedModelError(reason)
+        stack = Stack(model, self.family.stack)
+        cache = WeightCache(spec, backend)
+        reading = _Reading(weakref.ref(model), spec, stack, device, backend, why, cache)
+        self._reading = reading
+        return reading
+
+    # The decision reads Python objects all over the model; a tracer has nothing to gain from it.
+    @torch.compiler.disable
+    def attempt(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run one call fast, or count why not and return :data:`NOT_FAST`."""
+        try:
+            output = self._run(model, args, kwargs)
+        except NotFastError as refusal:
+            reason = str(refusal)
+            self.counts.count_fallback(reason)
+            if self.strict:
+                raise FallbackError(
+                    f"strict=True, and this call can't run fast: {reason}"
+                ) from None
+            return NOT_FAST
+        self.counts.count_fast()
+        return output
+
+    def _run(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        config: Any = model.config
+        call = read_arguments(self.original, config, args, kwargs)
+        if getattr(config, "is_decoder", False):
+            raise NotFastError("is_decoder")
+        reading = self._current_reading(model)
+        _check_mode(model, call)
+        reading.stack.check_passable()
+        spec, backend = reading.spec, reading.backend
+        like = spec.embeddings.word.weight
+        if like.dtype not in load(backend).DTYPES:
+            raise NotFastError(f"dtype {like.dtype} on backend {backend}")
+        shape = _check_tensors(call, like)
+        if call.position_ids is None and shape[1] > spec.max_positions:
+            raise ValueError(
+                f"input of length {shape[1]} exceeds the model's limit of {spec.max_positions} "
+                "positions"
+            )
+        batch = _pack(call, shape, spec)
+        weights = reading.cache.current(like, batch.total)
+        collect: list[Tensor] | None = [] if call.output_hidden_states else None
+        hidden = _embed(call, spec, backend, batch)
+        if collect is not None:
+            collect.append(hidden)
+        last = batch.unpack(engine.encode(spec, weights, backend, batch, hidden, collect))
+        pooled = None if spec.pooler is None else spec.pooler(last)
+        states = None
+        if collect is not None:
+            states = (*(batch.unpack(state) for state in collect[:-1]), last)
+        return self._output(call, last, pooled, states)
+
+    def _current_reading(self, model: nn.Module) -> _Reading:
+        reading = self._reading
+        if reading is not None and reading.still_holds(model):
+            return reading
+        try:
+            return self.read(model)
+        except UnsupportedModelError as error:
+            raise NotFastError(str(error)) from None
+        except BackendUnavailableError as error:
+            if self.backend != "auto":
+                raise
+            raise NotFastError(str(error)) from None
+
+    def _output(
+        self, call: Arguments, last: Tensor, pooled: Tensor | None, states: tuple | None
+    ) -> Any:
+        module = importlib.import_module("transformers.modeling_outputs")
+        output_class = getattr(module, self.family.output_class)
+        fields: dict[str, Any] = {"last_hidden_state": last, "hidden_states": states}
+        has_pooled = "pooler_output" in output_class.__dataclass_fields__
+        if has_pooled:
+            fields["pooler_output"] = pooled
+        output = output_class(**fields)
+        if call.return_dict:
+            return output
+        # transformers 4 keeps the place of a pooled output that is None, 5 leaves it out.
+        if has_pooled and pooled is None and "return_dict" in parameter_names(self.original):
+            return (last, None, *(() if states is None else (states,)))
+        return output.to_tuple()
+
+
+def _check_mode(model: nn.Module, call: Arguments) -> None:
+    if model.training:
+        raise NotFastError("training mode (call model.eval())")
+    if torch.is_grad_enabled() and (
+        any(p.requires_grad for p in model.parameters())
+        or (call.inputs_embeds is not None and call.inputs_embeds.requires_grad)
+    ):
+        raise NotFastError("gradients are enabled (use torch.inference_mode() or torch.no_grad())")
+    source = call.input_ids if call.input_ids is not None else call.inputs_embeds
+    assert source is not None
+    if torch.is_autocast_enabled(source.device.type):
+        raise NotFastError("autocast (cast the model instead: model.half() or model.bfloat16())")
+    if torch.jit.is_tracing():
+        raise NotFastError("torch.jit tracing")
+
+
+def _check_tensors(call: Arguments, like: Tensor) -> tuple[int, int]:
+    """Check what comes in against the model; returns ``(B, S)``."""
+    if call.input_ids is not None:
+        if call.input_ids.dim() != 2 or call.input_ids.dtype not in (torch.int64, torch.int32):
+            raise NotFastError(
+                f"input_ids of shape {tuple(call.input_ids.shape)} and {call.input_ids.dtype}"
+            )
+        batch_size, length = call.input_ids.shape
+    else:
+        assert call.inputs_embeds is not None
+        embeds = call.inputs_embeds
+        if embeds.dim() != 3 or embeds.dtype != like.dtype or embeds.shape[2] != like.shape[1]:
+            raise NotFastError(f"inputs_embeds of shape {tuple(embeds.shape)} and {embeds.dtype}")
+        batch_size, length = embeds.shape[:2]
+    for name in ("token_type_ids", "position_ids"):
+        ids = getattr(call, name)
+        if ids is not None and (
+            ids.dim() != 2
+            or ids.shape[0] not in (1, batch_size)
+            or ids.shape[1] != length
+            or ids.dtype not in (torch.int64, torch.int32)
+        ):
+            raise NotFastError(f"{name} of shape {tuple(ids.shape)} and {ids.dtype}")
+    mask = call.attention_mask
+    if mask is not None and mask.shape != (batch_size, length):
+        raise NotFastError(f"attention_mask of shape {tuple(mask.shape)}")
+    for name in ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"):
+        tensor = getattr(call, name)
+        if tensor is not None and tensor.device != like.device:
+            raise NotFastError(f"{name} on {tensor.device}, the model on {like.device}")
+    return batch_size, length
+
+
+def _pack(call: Arguments, shape: tuple[int, int], spec: EncoderSpec) -> PackedBatch:
+    mask = call.attention_mask
+    if mask is None:
+        return pack_full(*shape, spec.embeddings.word.weight.device)
+    vocab_size = spec.embeddings.word.num_embeddings
+    # On the CPU the lookup itself checks the ids.
+    ids = call.input_ids if mask.device.type != "cpu" else None
+    facts = read_mask(mask, ids, vocab_size)
+    if not facts.is_binary:
+        raise NotFastError("an attention_mask with values other than 0 and 1")
+    if not facts.ids_in_range:
+        raise IndexError(f"input_ids must lie in [0, {vocab_size})")
+    if spec.pooler is not None and not facts.first_column_filled:
+        # The pooler reads column 0. Where that is padding, the original gives the state of a
+        # padding token that attends to the text, and this path has no such token.
+        raise NotFastError("a pooler over a padded first column (left padding)")
+    return pack(mask, facts)
+
+
+def _embed(call: Arguments, spec: EncoderSpec, backend: str, batch: PackedBatch) -> Tensor:
+    def packed(ids: Tensor | None) -> Tensor | None:
+        return None if ids is None else batch.pack(ids)
+
+    positions = packed(call.position_ids)
+    return engine.embed(
+        spec.embeddings,
+        backend,
+        batch.columns() if positions is None else positions,
+        packed(call.token_type_ids),
+        packed(call.input_ids),
+        packed(call.inputs_embeds),
+    )

@@ -1,0 +1,71 @@
+"""What an encoder is, told to the engine: a plain description, read from a live model.
+
+A family (:mod:`encoder_fast.families`) fills an :class:`EncoderSpec`. It names the model's own
+modules instead of their tensors, so a weight that is replaced, loaded, moved or cast later is seen
+at the next call. No arithmetic happens here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from encoder_fast.ops.linear import Activation
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSpec:
+    """``LayerNorm(word[ids] + token_type[types] + position[positions])``."""
+
+    word: nn.Embedding
+    position: nn.Embedding
+    token_type: nn.Embedding
+    norm: nn.LayerNorm
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One post-norm encoder layer."""
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    num_heads: int
+    head_size: int
+    attention_out: nn.Linear
+    attention_norm: nn.LayerNorm
+    ffn_in: nn.Linear
+    activation: Activation
+    ffn_out: nn.Linear
+    ffn_norm: nn.LayerNorm
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """A whole encoder.
+
+    Attributes:
+        family: the name of the family that read it.
+        embeddings: how tokens become the first hidden state.
+        layers: the layers, in order.
+        max_positions: the longest padded length the position table can serve.
+        pooler: the model's own module from ``(B, S, N)`` hidden states to pooled output, or ``None``.
+    """
+
+    family: str
+    embeddings: EmbeddingSpec
+    layers: tuple[LayerSpec, ...]
+    max_positions: int
+    pooler: nn.Module | None
+
+    @property
+    def tables_and_norms(self) -> list[nn.Module]:
+        """The modules whose parameters are used as they are, unlike the linears'."""
+        embeddings = self.embeddings
+        tables = [embeddings.word, embeddings.position, embeddings.token_type, embeddings.norm]
+        norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)]
+        return [*tables, *norms]
+
+    @property
+    def head_sizes(self) -> frozenset[int]:
+        return frozenset(layer.head_size for layer in self.layers)
