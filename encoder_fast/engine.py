@@ -78,16 +78,14 @@ def encode(
         )
         attended = linear.run(context.flatten(1), prepared.attention_out, None, backend)
         hidden = _add_norm(layer.attention_norm, attended, hidden, backend)
-        inner = linear.run(hidden, prepared.ffn_in, layer.activation, backend)
-        hidden = _add_norm(
-            layer.ffn_norm, linear.run(inner, prepared.ffn_out, None, backend), hidden, backend
+        transformed = linear.run_feed_forward(
+            hidden, prepared.feed_forward, layer.activation, backend
         )
+        hidden = _add_norm(layer.ffn_norm, transformed, hidden, backend)
         if collect is not None:
             collect.append(hidden)
     return hidden
 
 
 def _add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor, backend: str) -> Tensor:
-    return add_layer_norm.operator.run(
-        x, residual, norm.weight, norm.bias, norm.eps, None, backend
-    )
+    return add_layer_norm.operator.run(x, residual, norm.weight, norm.bias, norm.eps, None, backend)

@@ -20,4 +20,4 @@ class ParityError(AssertionError):
 
 
 class NotFastError(Exception):
-    """Why this call can't run fast. Internal: it turns into a counted run of the original forward."""
+    """Why this call can't run fast. Internal: it becomes a counted run of the original forward."""

@@ -22,7 +22,7 @@ class PackedBatch:
     """Where the real tokens of a padded batch are.
 
     Attributes:
-        cu_seqlens: int32 ``(B + 1,)``, sequence ``b`` is tokens ``cu_seqlens[b]:cu_seqlens[b + 1]``.
+        cu_seqlens: int32 ``(B + 1,)``; sequence ``b`` is ``cu_seqlens[b]:cu_seqlens[b + 1]``.
         max_seqlen: the longest sequence, in tokens.
         total: the number of real tokens.
         batch_size: ``B``, rows without a token included.

@@ -13,6 +13,7 @@ from torch import nn
 
 from encoder_fast.ops.linear import Activation
 
+
 @dataclass(frozen=True, slots=True)
 class EmbeddingSpec:
     """``LayerNorm(word[ids] + token_type[types] + position[positions])``."""
@@ -49,7 +50,7 @@ class EncoderSpec:
         embeddings: how tokens become the first hidden state.
         layers: the layers, in order.
         max_positions: the longest padded length the position table can serve.
-        pooler: the model's own module from ``(B, S, N)`` hidden states to pooled output, or ``None``.
+        pooler: the model's own module, from ``(B, S, N)`` to its pooled output, or ``None``.
     """
 
     family: str

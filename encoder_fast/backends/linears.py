@@ -31,6 +31,17 @@ class PreparedLinear:
     fused: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedFeedForward:
+    """``W_out · activation(W_in · x + b_in) + b_out`` as a sum over slices of the inner features.
+
+    Attributes:
+        slices: the two linears of each slice; ``b_out`` is with the first.
+    """
+
+    slices: tuple[tuple[PreparedLinear, PreparedLinear], ...]
+
+
 def stack_linears(
     weights: list[Tensor], biases: list[Tensor | None]
 ) -> tuple[Tensor, Tensor | None]:
@@ -40,8 +51,11 @@ def stack_linears(
     weight = torch.cat([w.detach() for w in weights])
     if all(b is None for b in biases):
         return weight, None
-    pairs = zip(weights, biases, strict=True)
-    return weight, torch.cat([w.new_zeros(w.shape[0]) if b is None else b.detach() for w, b in pairs])
+    parts = [
+        w.new_zeros(w.shape[0]) if b is None else b.detach()
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    return weight, torch.cat(parts)
 
 
 def activate(x: Tensor, activation: Activation | None) -> Tensor:

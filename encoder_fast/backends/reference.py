@@ -6,11 +6,19 @@ given float64 tensors it is the float64 reference of the parity rule.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoder_fast.backends.linears import Activation, PreparedLinear, activate, stack_linears
+from encoder_fast.backends.linears import (
+    Activation,
+    PreparedFeedForward,
+    PreparedLinear,
+    activate,
+    stack_linears,
+)
 
 HEAD_SIZES: frozenset[int] | None = None
 MAX_WIDTH: int | None = None
@@ -26,7 +34,7 @@ def attention(
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     bounds = cu_seqlens.tolist()
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         scores = torch.einsum("qhd,khd->hqk", _wide(q[start:stop]), _wide(k[start:stop]))
         weights = torch.softmax(scores * softmax_scale, dim=-1)
         context = torch.einsum("hqk,khd->qhd", weights, _wide(v[start:stop]))
@@ -84,3 +92,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
 
 def linear_prepared(x: Tensor, prepared: PreparedLinear, activation: Activation | None) -> Tensor:
     return activate(F.linear(x, prepared.weight, prepared.bias), activation)
+
+
+def prepare_feed_forward(
+    w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None
+) -> PreparedFeedForward:
+    return PreparedFeedForward(
+        ((prepare_linear([w_in], [b_in]), prepare_linear([w_out], [b_out])),)
+    )
+
+
+def feed_forward_prepared(
+    x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
+) -> Tensor:
+    ((w_in, w_out),) = prepared.slices
+    return linear_prepared(linear_prepared(x, w_in, activation), w_out, None)

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoder_fast.backends.linears import Activation, PreparedLinear, activate, stack_linears
+from encoder_fast.backends.linears import (
+    Activation,
+    PreparedFeedForward,
+    PreparedLinear,
+    activate,
+    stack_linears,
+)
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
@@ -63,3 +69,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
 
 def linear_prepared(x: Tensor, prepared: PreparedLinear, activation: Activation | None) -> Tensor:
     return activate(F.linear(x, prepared.weight, prepared.bias), activation)
+
+
+def prepare_feed_forward(
+    w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None
+) -> PreparedFeedForward:
+    return PreparedFeedForward(
+        ((prepare_linear([w_in], [b_in]), prepare_linear([w_out], [b_out])),)
+    )
+
+
+def feed_forward_prepared(
+    x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
+) -> Tensor:
+    ((w_in, w_out),) = prepared.slices
+    return linear_prepared(linear_prepared(x, w_in, activation), w_out, None)

@@ -68,7 +68,7 @@ def expect_layer_norm(module: nn.Module) -> nn.LayerNorm:
     expect(module, "LayerNorm")
     assert isinstance(module, nn.LayerNorm)
     if len(module.normalized_shape) != 1:
-        raise UnsupportedModelError(f"LayerNorm over {tuple(module.normalized_shape)}, not one axis")
+        raise UnsupportedModelError(f"a LayerNorm over {tuple(module.normalized_shape)}")
     return module
 
 

@@ -31,7 +31,7 @@ class Operator:
         return getattr(load(arguments[-1]), self.name)(*arguments[:-1])
 
     def run(self, *arguments: Any) -> Tensor:
-        """What the engine calls: the dispatcher costs microseconds and is passed by outside a trace."""
+        """What the engine calls: outside a trace the dispatcher, microseconds, is passed by."""
         if torch.compiler.is_compiling():
             return self.dispatch(*arguments)
         return self._call_backend(*arguments)

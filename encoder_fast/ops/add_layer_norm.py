@@ -60,7 +60,7 @@ def add_layer_norm(
 
 
 def check_vector(name: str, vector: Tensor | None, size: int, device: torch.device) -> None:
-    """Raise ``ValueError`` unless ``vector`` is ``None`` or a contiguous ``(size,)`` on ``device``."""
+    """Raise ``ValueError`` unless ``vector`` is a contiguous ``(size,)`` on ``device``."""
     if vector is None:
         return
     if vector.shape != (size,) or not vector.is_contiguous():

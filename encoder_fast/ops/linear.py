@@ -9,10 +9,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from encoder_fast.backends import load, resolve
-from encoder_fast.backends.linears import Activation, PreparedLinear
+from encoder_fast.backends.linears import Activation, PreparedFeedForward, PreparedLinear
 from encoder_fast.ops._library import Operator, check_dtype, forbid_grad
 
-__all__ = ["Activation", "PreparedLinear", "linear", "operator", "prepare", "run"]
+__all__ = [
+    "Activation",
+    "PreparedFeedForward",
+    "PreparedLinear",
+    "linear",
+    "operator",
+    "prepare",
+    "prepare_feed_forward",
+    "run",
+    "run_feed_forward",
+]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 
@@ -60,9 +70,7 @@ def linear(
     return operator.dispatch(x, weight, bias, activation, name)
 
 
-def prepare(
-    weights: list[Tensor], biases: list[Tensor | None], backend: str
-) -> PreparedLinear:
+def prepare(weights: list[Tensor], biases: list[Tensor | None], backend: str) -> PreparedLinear:
     """Stack linears with one input into one GEMM, in the layout the backend wants.
 
     Copies where there are several of them or the backend reorders: what it returns does not follow
@@ -71,11 +79,23 @@ def prepare(
     return load(backend).prepare_linear(weights, biases)
 
 
-def run(
-    x: Tensor, prepared: PreparedLinear, activation: Activation | None, backend: str
-) -> Tensor:
+def run(x: Tensor, prepared: PreparedLinear, activation: Activation | None, backend: str) -> Tensor:
     """What the engine calls, with prepared weights; nothing is checked."""
     return load(backend).linear_prepared(x, prepared, activation)
+
+
+def prepare_feed_forward(
+    w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, backend: str
+) -> PreparedFeedForward:
+    """The two linears of a feed-forward block in the form the backend wants; see ``prepare``."""
+    return load(backend).prepare_feed_forward(w_in, b_in, w_out, b_out)
+
+
+def run_feed_forward(
+    x: Tensor, prepared: PreparedFeedForward, activation: Activation | None, backend: str
+) -> Tensor:
+    """``W_out · activation(W_in · x + b_in) + b_out`` for the engine; nothing is checked."""
+    return load(backend).feed_forward_prepared(x, prepared, activation)
 
 
 operator = Operator(

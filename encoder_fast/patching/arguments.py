@@ -36,9 +36,7 @@ _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "p
 _FLAGS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
 
 
-def read_arguments(
-    cls: type, config: Any, args: tuple, kwargs: dict[str, Any]
-) -> Arguments:
+def read_arguments(cls: type, config: Any, args: tuple, kwargs: dict[str, Any]) -> Arguments:
     """The call's arguments.
 
     Raises:

@@ -65,7 +65,7 @@ class EncoderReport:
         if self.fallbacks:
             lines.append(f"  original forward: {sum(self.fallbacks.values())}")
             for reason, count in sorted(self.fallbacks.items(), key=lambda item: -item[1]):
-                lines.append(f"    {count} × {reason}")
+                lines.append(f"    {count} x {reason}")
         return "\n".join(lines)
 
 

@@ -38,7 +38,7 @@ class Stack:
             self._watch(child, grandchild)
 
     def is_unchanged(self) -> bool:
-        """Whether every module is still the one that was read, with the class and forward it had."""
+        """Whether every module is still the one that was read, class and forward included."""
         for children, name, child, cls, forward in self._edges:
             if (
                 children.get(name) is not child
