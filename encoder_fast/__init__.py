@@ -19,7 +19,7 @@ _EXPORTS = {
     "patched": "encoder_fast.patching",
     "report": "encoder_fast.patching",
     "check_parity": "encoder_fast.parity",
-    "info": "encoder_fast.info",
+    "info": "encoder_fast.environment",
     "UnsupportedModelError": "encoder_fast.errors",
     "FallbackError": "encoder_fast.errors",
     "BackendUnavailableError": "encoder_fast.errors",
@@ -27,13 +27,13 @@ _EXPORTS = {
 }
 
 if TYPE_CHECKING:
+    from encoder_fast.environment import info
     from encoder_fast.errors import (
         BackendUnavailableError,
         FallbackError,
         ParityError,
         UnsupportedModelError,
     )
-    from encoder_fast.info import info
     from encoder_fast.parity import check_parity
     from encoder_fast.patching import patch, patched, report, unpatch
 

@@ -72,7 +72,9 @@ def encode(
     """
     for layer, prepared in zip(spec.layers, weights, strict=True):
         qkv = linear.run(hidden, prepared.qkv, None, backend)
-        q, k, v = qkv.view(batch.total, 3, layer.num_heads, layer.head_size).unbind(1)
+        # Read off the weights, not the config: a layer may have been pruned of heads.
+        num_heads = qkv.shape[1] // (3 * layer.head_size)
+        q, k, v = qkv.view(batch.total, 3, num_heads, layer.head_size).unbind(1)
         context = attention.operator.run(
             q, k, v, batch.cu_seqlens, batch.max_seqlen, layer.head_size**-0.5, backend
         )

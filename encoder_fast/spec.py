@@ -31,7 +31,6 @@ class LayerSpec:
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
-    num_heads: int
     head_size: int
     attention_out: nn.Linear
     attention_norm: nn.LayerNorm

@@ -135,7 +135,7 @@ class WeightCache:
         for layer, prepared in zip(self._layers, known.layers, strict=True):
             qkv = prepared.qkv
             modules = _qkv(layer)
-            sizes = [module.out_features for module in modules]
+            sizes = [module.weight.shape[0] for module in modules]
             stacked.extend(qkv.weight.split(sizes))
             live.extend(module.weight.detach() for module in modules)
             if qkv.bias is not None:

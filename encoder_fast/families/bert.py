@@ -52,7 +52,6 @@ def _read_layer(layer: Any) -> LayerSpec:
         query=expect_linear(attention.query),
         key=expect_linear(attention.key),
         value=expect_linear(attention.value),
-        num_heads=attention.num_attention_heads,
         head_size=attention.attention_head_size,
         attention_out=expect_linear(attention_out.dense),
         attention_norm=expect_layer_norm(attention_out.LayerNorm),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -33,7 +34,7 @@ class Family:
     stack: tuple[str, ...]
     read: Callable[[nn.Module], EncoderSpec]
 
-    def matches(self, cls: type[nn.Module]) -> bool:
+    def matches(self, cls: Any) -> bool:
         """Whether ``cls`` is one of this family's classes, or a subclass that keeps its forward."""
         for base in cls.__mro__:
             if base.__module__ == self.module and base.__name__ in self.class_names:

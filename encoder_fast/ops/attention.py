@@ -32,7 +32,7 @@ def attention(
             ``cu_seqlens[b]:cu_seqlens[b + 1]``. Tokens after the last one belong to no sequence;
             their rows come back as zeros.
         max_seqlen: the longest sequence, or more.
-        softmax_scale: ``D ** -0.5`` where it is ``None``.
+        softmax_scale: positive; ``D ** -0.5`` where it is ``None``.
         backend: ``auto``, or a backend by name, which runs or raises.
 
     Returns:
@@ -65,13 +65,15 @@ def attention(
         raise ValueError(f"cu_seqlens must be contiguous, got stride {cu_seqlens.stride()}")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    if not scale > 0:
+        raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     forbid_grad("attention", q, k, v)
     name, _ = resolve(backend, q.device)
     check_dtype(name, q.dtype)
     reason = why_no_head_size(name, q.shape[2])
     if reason is not None:
         raise ValueError(reason)
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     return operator.dispatch(q, k, v, cu_seqlens, max_seqlen, scale, name)
 
 

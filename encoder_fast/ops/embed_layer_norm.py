@@ -55,6 +55,8 @@ def embed_layer_norm(
             raise ValueError(f"{ids_name} and {table_name} go together: give both or neither")
         if ids is None or table is None:
             continue
+        if not ids.is_contiguous():
+            raise ValueError(f"{ids_name} must be contiguous, got stride {ids.stride()}")
         if ids.dtype not in (torch.int64, torch.int32) or ids.shape != input_ids.shape:
             raise ValueError(
                 f"{ids_name} must be int64 or int32 of shape {tuple(input_ids.shape)}, got "

@@ -4,7 +4,7 @@ The only place that touches a model, and the only place that decides between the
 original forward.
 """
 
-from encoder_fast.patching.patch import patch, patched, unpatch
-from encoder_fast.patching.report import Report, report
+from encoder_fast.patching.reporting import Report, report
+from encoder_fast.patching.swap import patch, patched, unpatch
 
 __all__ = ["Report", "patch", "patched", "report", "unpatch"]

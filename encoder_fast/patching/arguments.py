@@ -26,9 +26,9 @@ class Arguments:
 
 
 @lru_cache(maxsize=256)
-def parameter_names(cls: type) -> tuple[str, ...]:
+def parameter_names(cls: Any) -> tuple[str, ...]:
     """The names of the forward's parameters after ``self``, ``**kwargs`` left out."""
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
@@ -36,7 +36,7 @@ _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "p
 _FLAGS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
 
 
-def read_arguments(cls: type, config: Any, args: tuple, kwargs: dict[str, Any]) -> Arguments:
+def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -> Arguments:
     """The call's arguments.
 
     Raises:
@@ -74,7 +74,11 @@ def read_arguments(cls: type, config: Any, args: tuple, kwargs: dict[str, Any]) 
         if "return_dict" in names and getattr(config, "torchscript", False):
             return_dict = False
     return Arguments(
-        *(given.get(name) for name in _TENSORS),
+        input_ids=given.get("input_ids"),
+        inputs_embeds=given.get("inputs_embeds"),
+        attention_mask=given.get("attention_mask"),
+        token_type_ids=given.get("token_type_ids"),
+        position_ids=given.get("position_ids"),
         output_hidden_states=bool(hidden_states),
         return_dict=bool(return_dict),
     )

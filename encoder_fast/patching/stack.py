@@ -31,7 +31,7 @@ class Stack:
         child = parent._modules[name]
         if child is None:
             return
-        cls = type(child)
+        cls: Any = type(child)
         self._edges.append((parent._modules, name, child, cls, cls.forward))
         self._sizes.append((child._modules, len(child._modules)))
         for grandchild in child._modules:

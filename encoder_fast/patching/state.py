@@ -22,7 +22,7 @@ from encoder_fast.families import Family
 from encoder_fast.ops.attention import why_no_head_size
 from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
 from encoder_fast.patching.arguments import Arguments, parameter_names, read_arguments
-from encoder_fast.patching.report import Counts
+from encoder_fast.patching.reporting import Counts
 from encoder_fast.patching.stack import Stack
 from encoder_fast.spec import EncoderSpec
 from encoder_fast.weights import WeightCache
@@ -58,7 +58,7 @@ class EncoderState:
     which reads the copy at its first call.
     """
 
-    def __init__(self, family: Family, original: type[nn.Module], backend: str, strict: bool):
+    def __init__(self, family: Family, original: Any, backend: str, strict: bool) -> None:
         self.family = family
         self.original = original
         self.backend = backend

@@ -100,7 +100,7 @@ def report(model: object) -> Report:
     Returns:
         A :class:`Report`, one entry for each patched encoder; empty where nothing is patched.
     """
-    from encoder_fast.patching.patch import root_module
+    from encoder_fast.patching.swap import root_module
 
     entries = []
     for path, module in root_module(model).named_modules():

@@ -17,7 +17,7 @@ from torch import nn
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families import find_family, unsupported
-from encoder_fast.patching.report import STATE
+from encoder_fast.patching.reporting import STATE
 from encoder_fast.patching.state import NOT_FAST, EncoderState
 
 M = TypeVar("M")
@@ -107,15 +107,15 @@ def root_module(model: Any) -> nn.Module:
     raise TypeError(f"expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
 
 
-def _original_class(module: nn.Module) -> type[nn.Module]:
+def _original_class(module: nn.Module) -> Any:
     state = module.__dict__.get(STATE)
     return type(module) if state is None else state.original
 
 
 @functools.cache
-def _fast_class(original: type[nn.Module]) -> type[nn.Module]:
+def _fast_class(original: Any) -> Any:
     """The subclass that patched instances of ``original`` get; one for each class."""
-    original_forward: Any = original.forward
+    original_forward = original.forward
 
     @functools.wraps(original_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -127,12 +127,10 @@ def _fast_class(original: type[nn.Module]) -> type[nn.Module]:
         return original_forward(self, *args, **kwargs)
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
-        # A pickle holds the model as it was before: it loads without encoder_fast.
-        parts = list(original.__reduce_ex__(self, protocol))
-        parts[1] = tuple(original if part is fast else part for part in parts[1])
-        if isinstance(parts[2], dict):
-            parts[2] = {key: value for key, value in parts[2].items() if key != STATE}
-        return tuple(parts)
+        # A pickle holds the model as it was before: it loads without encoder_fast. The usual
+        # constructor of pickles insists on the object's own class, which this is not to be.
+        state = {key: value for key, value in self.__dict__.items() if key != STATE}
+        return object.__new__, (original,), state
 
     def deepcopy(self: nn.Module, memo: dict) -> nn.Module:
         # A copy of a patched model is patched.

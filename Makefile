@@ -1,0 +1,125 @@
+# Everything a developer runs; `make` alone lists it. The virtual environment is made when first
+# needed, and stamp files in it remember what is installed: a second run downloads nothing.
+
+VENV    ?= .venv
+WHEELS  ?= .cache/wheels
+# Test workers. Each runs its numerics on one thread.
+JOBS    ?= 2
+# What pip installs where no GPU is found and Python has no torch of its own. Where this version
+# comes with CUDA and that is not wanted, name PyTorch's CPU wheels here by pip's --index-url.
+TORCH   ?= torch==2.13.0
+# A CPU build of PyTorch brings no triton; builds for CUDA bring their own, which is then kept.
+TRITON  ?= triton==3.6.0
+
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+	&& echo $$python && break; done)
+endif
+
+PIP     := $(VENV)/bin/python -m pip --disable-pip-version-check -qq
+SOURCES := encoder_fast kernels tests conftest.py noxfile.py setup.py
+# Real BERT weights for the parity tests, read out of the wheel; installing it would pull old pins.
+RXNFP        := $(WHEELS)/rxnfp-0.1.0-py3-none-any.whl
+RXNFP_SHA256 := c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf
+
+.PHONY: help demo test test-gpu lint format matrix build clean distclean
+.DELETE_ON_ERROR:
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## Patch a real model: parity, throughput and a semantic search
+	@$(VENV)/bin/encoder-fast demo
+
+test: lint $(RXNFP) ## Linters, types and the whole test suite
+	@ENCODER_FAST_TEST_WHEELS="$(abspath $(WHEELS))" OMP_NUM_THREADS=1 \
+		$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
+
+test-gpu: ## The test suite from the tree, with the Python packages that are there
+	@$(PYTHON_FITS)
+	@PYTHONPATH=. $(PYTHON) -m pytest tests -p no:cacheprovider
+
+lint: $(VENV)/.test ## Check style, format and types
+	@$(VENV)/bin/ruff check $(wildcard $(SOURCES))
+	@$(VENV)/bin/ruff format --check $(wildcard $(SOURCES))
+	@$(VENV)/bin/mypy
+
+format: $(VENV)/.test ## Put the code in shape
+	@$(VENV)/bin/ruff check --fix $(wildcard $(SOURCES))
+	@$(VENV)/bin/ruff format $(wildcard $(SOURCES))
+
+matrix: $(VENV)/.test $(RXNFP) ## The tests under other versions of transformers and triton
+	@ENCODER_FAST_TEST_WHEELS="$(abspath $(WHEELS))" TORCH="$(TORCH)" TRITON="$(TRITON)" \
+		$(VENV)/bin/nox
+
+build: $(VENV)/.test ## Source distribution and wheel, in dist/
+	@$(VENV)/bin/python -m build
+
+clean: ## Remove builds and caches
+	rm -rf build dist encoder_fast.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+distclean: clean ## Remove the environments and downloads too
+	rm -rf .venv .nox .cache
+
+# The environment and its PyTorch. A torch that is there already is used as it is, but for a CPU
+# build on a machine with a GPU; constraints.txt keeps later installs from replacing it.
+$(VENV)/.torch:
+	@$(PYTHON_FITS)
+	@set -e; gpu=no; if nvidia-smi >/dev/null 2>&1; then gpu=yes; fi; \
+	if test ! -x $(VENV)/bin/python; then \
+		echo "encoder_fast: new environment in $(VENV)"; \
+		if $(PYTHON) -c "$$FIND_TORCH" $$gpu >/dev/null 2>&1; then flag=--system-site-packages; fi; \
+		$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { echo "$(NO_VENV)" >&2; exit 1; }; \
+		$(PYTHON) -m venv $$flag $(VENV); \
+	fi; \
+	if own=`$(VENV)/bin/python -c "$$FIND_TORCH" $$gpu 2>/dev/null`; then \
+		echo "encoder_fast: using the torch $$own that is already installed"; \
+	else \
+		torch="$(TORCH)"; if test $$gpu = yes; then torch="torch>=2.8"; fi; \
+		echo "encoder_fast: installing $$torch (a large download the first time)"; \
+		$(PIP) install $$torch; \
+	fi
+	@$(VENV)/bin/python -c "$$PIN_TORCH" "$(TRITON)" > $(VENV)/constraints.txt
+	@touch $@
+
+PYTHON_FITS = $(if $(PYTHON),true,echo "$(NO_PYTHON)" >&2; exit 1)
+NO_PYTHON   = encoder_fast needs Python 3.11, 3.12 or 3.13 and found none; name one by PYTHON=/path/to/python3
+NO_VENV     = $(PYTHON) cannot make a virtual environment; on Debian, install the package python3-venv
+
+# Prints the version of a torch that fits, or fails. argv: whether there is a GPU.
+define FIND_TORCH
+import sys, torch
+from torch.torch_version import TorchVersion
+if TorchVersion(torch.__version__) < "2.8" or (sys.argv[1] == "yes" and not torch.version.cuda):
+    sys.exit(1)
+print(torch.__version__)
+endef
+export FIND_TORCH
+
+# Prints pip's constraints: the torch at hand, and its triton or, where it has none, the given one.
+define PIN_TORCH
+import sys
+from importlib.metadata import PackageNotFoundError, version
+print("torch==" + version("torch"))
+try:
+    print("triton==" + version("triton"))
+except PackageNotFoundError:
+    print(sys.argv[1])
+endef
+export PIN_TORCH
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
+	@echo "encoder_fast: installing the package and what the demo needs"
+	@$(PIP) install -c $(VENV)/constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py
+	@echo "encoder_fast: installing the package and what the tests need"
+	@$(PIP) install -c $(VENV)/constraints.txt -e ".[demo,test,dev]"
+	@touch $(VENV)/.demo $@
+
+$(RXNFP): | $(VENV)/.torch
+	@echo "encoder_fast: fetching real BERT weights for the parity tests (75 MB)"
+	@$(PIP) download --no-deps --only-binary :all: -d $(WHEELS) rxnfp==0.1.0
+	@echo "$(RXNFP_SHA256)  $@" | sha256sum --check --quiet

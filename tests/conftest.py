@@ -1,0 +1,30 @@
+"""What every test relies on: where kernels run, and that nothing reaches for the network."""
+
+import os
+
+import pytest
+import torch
+
+# Before triton is imported anywhere: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton_interpreter import repair_interpreter
+
+    repair_interpreter()
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Each test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))

@@ -1,0 +1,241 @@
+"""Nothing silent: what can't run fast runs the original, and is counted with its reason."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from berts import DEVICE, inputs, tiny
+from torch import nn
+from torch.nn.utils import parametrize
+
+import encoder_fast
+
+
+def hook(model: nn.Module) -> None:
+    model.encoder.layer[1].attention.register_forward_hook(lambda *_: None)
+
+
+def pre_hook(model: nn.Module) -> None:
+    model.embeddings.register_forward_pre_hook(lambda *_: None)
+
+
+def adapter(model: nn.Module) -> None:
+    class LowRank(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + 1
+
+    attention = model.encoder.layer[0].attention.self
+    attention.query = LowRank(attention.query).eval()
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+def parametrisation(model: nn.Module) -> None:
+    dense = model.encoder.layer[0].output.dense
+    parametrize.register_parametrization(dense, "weight", Doubled())
+    model.eval()
+
+
+def dropout_in_training(model: nn.Module) -> None:
+    model.encoder.layer[0].attention.self.dropout.train()
+
+
+def replaced_forward(model: nn.Module) -> None:
+    dense = model.encoder.layer[0].output.dense
+    original = dense.forward
+    dense.forward = lambda x: original(x) * 2
+
+
+def foreign_weight(model: nn.Module) -> None:
+    class Quantised(nn.Parameter):
+        pass
+
+    dense = model.encoder.layer[0].output.dense
+    dense.weight = Quantised(dense.weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (hook, "a hook on BertAttention"),
+        (pre_hook, "a hook on BertEmbeddings"),
+        (adapter, "LowRank stands where Linear is expected"),
+        (parametrisation, "ParametrizedLinear stands where"),
+        (dropout_in_training, "training mode (dropout is in it"),
+        (replaced_forward, "the forward of a Linear inside the stack was replaced"),
+        (foreign_weight, "a weight is a Quantised"),
+    ],
+)
+def test_changes_to_the_model(change: Callable[[nn.Module], None], reason: str) -> None:
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.inference_mode(False), torch.no_grad():
+        model(**call)
+        change(model)
+        torch.manual_seed(0)
+        output = model(**call)[0]
+        counted = encoder_fast.report(model)
+        torch.manual_seed(0)
+        expected = encoder_fast.unpatch(model)(**call)[0]
+    assert counted.fast_calls == 1
+    assert sum(counted.fallbacks.values()) == 1
+    assert reason in next(iter(counted.fallbacks))
+    assert torch.equal(output, expected)
+
+
+def four_dimensional(call: dict) -> dict:
+    """A mask of its own for each query, as prefix or block attention needs."""
+    mask = call["attention_mask"].bool()
+    return {**call, "attention_mask": mask[:, None, None, :] | mask.flip(1)[:, None, :, None]}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda call: {**call, "output_attentions": True}, "output_attentions"),
+        (
+            lambda call: {**call, "encoder_hidden_states": torch.zeros(4, 3, 48, device=DEVICE)},
+            "argument encoder_hidden_states",
+        ),
+        (lambda call: {**call, "is_causal": False}, "argument is_causal"),
+        (four_dimensional, "attention_mask of shape (4, 1, 21, 21)"),
+        (
+            lambda call: {**call, "attention_mask": call["attention_mask"] * 0.5},
+            "values other than 0 and 1",
+        ),
+        (
+            lambda call: {**call, "attention_mask": call["attention_mask"].flip(1)},
+            "a pooler over a padded first column",
+        ),
+        (
+            lambda call: {**call, "position_ids": torch.arange(21, device=DEVICE)},
+            "position_ids of shape (21,)",
+        ),
+    ],
+)
+def test_arguments(change: Callable[[dict], dict], reason: str) -> None:
+    model = tiny(attn_implementation="eager")
+    call = change(inputs())
+    if "is_causal" in call and transformers.__version__ < "5":
+        pytest.skip("transformers 4 knows no is_causal")
+    with torch.inference_mode():
+        expected = model(**call)
+        output = encoder_fast.patch(model)(**call)
+    report = encoder_fast.report(model)
+    assert report.fast_calls == 0
+    assert reason in next(iter(report.fallbacks))
+    for ours, theirs in zip(output.to_tuple(), expected.to_tuple(), strict=True):
+        if isinstance(theirs, torch.Tensor):
+            assert torch.equal(ours, theirs)
+    with pytest.raises(encoder_fast.FallbackError, match="strict=True"), torch.inference_mode():
+        encoder_fast.patch(model, strict=True)(**call)
+
+
+def test_attentions_are_those_of_the_original_and_leave_no_trace() -> None:
+    model, call = encoder_fast.patch(tiny(attn_implementation="eager")), inputs()
+    with torch.inference_mode():
+        output = model(**call, output_attentions=True)
+        assert output.attentions[0].shape == (4, 3, 21, 21)
+        # transformers 5 leaves capturing hooks behind; they must not end the fast path
+        model(**call)
+    assert encoder_fast.report(model).fast_calls == 1
+
+
+def test_training_and_gradients() -> None:
+    model, call = encoder_fast.patch(tiny()), inputs()
+    loss = model(**call)[0].sum()
+    loss.backward()
+    assert model.embeddings.word_embeddings.weight.grad.abs().sum() > 0
+    model.train()
+    with torch.no_grad():
+        model(**call)
+    reasons = list(encoder_fast.report(model).fallbacks)
+    assert "gradients are enabled" in reasons[0]
+    assert "training mode" in reasons[1]
+
+
+def test_frozen_parameters_need_no_no_grad() -> None:
+    model = encoder_fast.patch(tiny().requires_grad_(False))
+    model(**inputs())
+    assert encoder_fast.report(model).fast_calls == 1
+
+
+def test_gradient_to_the_embeddings_is_given() -> None:
+    model = encoder_fast.patch(tiny().requires_grad_(False))
+    embeds = torch.randn(2, 5, 48, device=DEVICE, requires_grad=True)
+    model(inputs_embeds=embeds)[0].sum().backward()
+    assert embeds.grad is not None
+
+
+def test_decoders() -> None:
+    model = tiny("BertLMHeadModel", is_decoder=True)
+    call = inputs()
+    with torch.inference_mode():
+        expected = model(**call).logits
+        output = encoder_fast.patch(model)(**call).logits
+    assert torch.equal(output, expected)
+    assert encoder_fast.report(model).fallbacks == {"is_decoder": 1}
+
+
+def test_autocast() -> None:
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.inference_mode(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        model(**call)
+    assert "autocast" in next(iter(encoder_fast.report(model).fallbacks))
+
+
+def test_float64() -> None:
+    model, call = encoder_fast.patch(tiny().double()), inputs()
+    with torch.inference_mode():
+        assert model(**call)[0].dtype == torch.float64
+    assert "dtype torch.float64" in next(iter(encoder_fast.report(model).fallbacks))
+
+
+def test_invalid_calls_raise_the_models_own_error() -> None:
+    model = encoder_fast.patch(tiny())
+    with torch.inference_mode(), pytest.raises(ValueError, match="input_ids"):
+        model()
+
+
+def test_too_long_names_the_limit() -> None:
+    model = encoder_fast.patch(tiny())
+    ids = torch.zeros(1, 41, dtype=torch.long, device=DEVICE)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"length 41 .* limit of 40"):
+        model(ids)
+
+
+def test_ids_out_of_range() -> None:
+    model, call = encoder_fast.patch(tiny()), inputs()
+    call["input_ids"][0, 3] = 97
+    with torch.inference_mode(), pytest.raises(IndexError):
+        model(**call)
+
+
+def test_a_strict_fallback_names_its_reason() -> None:
+    model = encoder_fast.patch(tiny(), strict=True)
+    with pytest.raises(encoder_fast.FallbackError, match="gradients are enabled"):
+        model(**inputs())
+    assert sum(encoder_fast.report(model).fallbacks.values()) == 1
+
+
+def test_layers_taken_away_are_noticed() -> None:
+    """Dropping layers is no reason to fall back: the model is read anew."""
+    model, call = encoder_fast.patch(tiny(num_hidden_layers=3)), inputs()
+    with torch.inference_mode():
+        model(**call)
+        del model.encoder.layer[2]
+        output = model(**call)[0]
+        assert encoder_fast.report(model).fast_calls == 2
+        model.encoder.layer.append(tiny(seed=5).encoder.layer[0])
+        longer = model(**call)[0]
+    assert encoder_fast.report(model).fast_calls == 3
+    assert not torch.equal(output, longer)
+    report = encoder_fast.check_parity(model, call)
+    assert report.ok, str(report)

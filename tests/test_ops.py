@@ -1,0 +1,202 @@
+"""The public ops on every backend at hand: numbers, errors, torch.compile."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from berts import DEVICE, DTYPES
+
+from encoder_fast.backends import why_not
+from encoder_fast.ops.add_layer_norm import add_layer_norm
+from encoder_fast.ops.attention import attention
+from encoder_fast.ops.embed_layer_norm import embed_layer_norm
+from encoder_fast.ops.linear import linear
+from encoder_fast.parity import compare
+
+BACKENDS = [
+    name for name in ("reference", "cpu", "triton") if why_not(name, torch.device(DEVICE)) is None
+]
+
+
+def cumulative(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).to(torch.int32)
+
+
+def check(output: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
+    row = compare("op", output, eager, exact)
+    assert row.ok, row
+
+
+# Each length sits at or beside the edge of a tile or of a group of equal lengths.
+LENGTHS = {
+    "one": [1],
+    "mixed": [15, 16, 17, 0, 63, 64, 65, 1],
+    "equal-neighbours": [7, 7, 7, 3, 7, 7],
+    "empty-rows": [0, 5, 0, 0],
+    "long": [127, 129],
+    "none": [],
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention(backend: str, dtype: str, lengths: str) -> None:
+    counts = LENGTHS[lengths]
+    total = sum(counts)
+    qkv = torch.randn(total + 3, 3, 2, 16, dtype=DTYPES[dtype], device=DEVICE)
+    q, k, v = qkv.unbind(1)
+    output = attention(q, k, v, cumulative(counts), max(counts, default=0), backend=backend)
+    assert output.shape == q.shape
+    assert output.is_contiguous()
+    assert (output[total:] == 0).all()  # tokens of no sequence
+    start = 0
+    for count in counts:
+        rows = slice(start, start + count)
+        start += count
+        if not count:
+            continue
+        one = [x[rows].transpose(0, 1) for x in (q, k, v)]
+        eager = torch.softmax(one[0] @ one[1].transpose(1, 2) * 0.25, dim=-1) @ one[2]
+        wide = [x.double() for x in one]
+        exact = torch.softmax(wide[0] @ wide[1].transpose(1, 2) * 0.25, dim=-1) @ wide[2]
+        check(output[rows], eager.transpose(0, 1), exact.transpose(0, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_scale(backend: str) -> None:
+    q, k, v = torch.randn(3, 9, 2, 16, device=DEVICE)
+    output = attention(q, k, v, cumulative([9]), 9, softmax_scale=0.7, backend=backend)
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1).double() for x in (q, k, v)), scale=0.7
+    )
+    torch.testing.assert_close(output.double(), expected.transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_add_layer_norm(backend: str, dtype: str) -> None:
+    x, residual = torch.randn(2, 5, 48, device=DEVICE).to(DTYPES[dtype])
+    weight, bias, x_bias = torch.randn(3, 48, device=DEVICE).to(DTYPES[dtype])
+    output = add_layer_norm(x, residual, weight, bias, 1e-5, x_bias=x_bias, backend=backend)
+    eager = F.layer_norm(x + x_bias + residual, (48,), weight, bias, 1e-5)
+    wide = [t.double() for t in (x, x_bias, residual, weight, bias)]
+    exact = F.layer_norm(wide[0] + wide[1] + wide[2], (48,), wide[3], wide[4], 1e-5)
+    check(output, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_embed_layer_norm(backend: str, dtype: str) -> None:
+    word, position, token_type = (
+        torch.randn(rows, 48, device=DEVICE).to(DTYPES[dtype]) for rows in (11, 7, 2)
+    )
+    weight, bias = torch.randn(2, 48, device=DEVICE).to(DTYPES[dtype])
+    ids, positions, types = (torch.randint(0, high, (6,), device=DEVICE) for high in (11, 7, 2))
+    output = embed_layer_norm(
+        ids, word, positions, position, types, token_type, weight, bias, 1e-5, backend=backend
+    )
+    eager = F.layer_norm(
+        word[ids] + token_type[types] + position[positions], (48,), weight, bias, 1e-5
+    )
+    wide = word.double()[ids] + token_type.double()[types] + position.double()[positions]
+    check(output, eager, F.layer_norm(wide, (48,), weight.double(), bias.double(), 1e-5))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear(backend: str, dtype: str, activation: str | None) -> None:
+    x = torch.randn(5, 48, device=DEVICE).to(DTYPES[dtype])
+    weight = (torch.randn(24, 48, device=DEVICE) / 7).to(DTYPES[dtype])
+    bias = torch.randn(24, device=DEVICE).to(DTYPES[dtype])
+    act = {
+        None: lambda y: y,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+        "relu": F.relu,
+    }[activation]
+    output = linear(x, weight, bias, activation=activation, backend=backend)
+    exact = act(F.linear(x.double(), weight.double(), bias.double()))
+    check(output, act(F.linear(x, weight, bias)), exact)
+
+
+Q = torch.zeros(4, 2, 16)
+CU = torch.tensor([0, 4], dtype=torch.int32)
+X = torch.zeros(3, 8)
+IDS = torch.zeros(3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: attention(Q[0], Q[0], Q[0], CU, 4), r"\(total, H, D\)"),
+        (lambda: attention(Q, Q[:2], Q, CU, 4), r"one shape .*\(2, 2, 16\)"),
+        (lambda: attention(Q, Q.half(), Q, CU, 4), r"one dtype.*float16"),
+        (lambda: attention(Q, Q, Q, CU.long(), 4), r"cu_seqlens must be int32.*int64"),
+        (lambda: attention(Q, Q, Q, CU[:0], 4), r"cu_seqlens must be int32 of shape \(B \+ 1,\)"),
+        (lambda: attention(Q, Q, Q, CU, -1), "max_seqlen must not be negative, got -1"),
+        (lambda: attention(*[Q.transpose(1, 2)] * 3, CU, 4), "last stride must be 1"),
+        (lambda: attention(Q, Q, Q, CU, 4, softmax_scale=0.0), "softmax_scale must be positive"),
+        (lambda: attention(Q, Q, Q, CU, 4, backend="tpu"), "'auto' or one of .*'tpu'"),
+        (lambda: attention(*[Q.double()] * 3, CU, 4, backend="cpu"), "'cpu' runs .*float64"),
+        (lambda: add_layer_norm(X[0]), r"\(M, N\)"),
+        (lambda: add_layer_norm(X, X[:2]), r"residual must be \(3, 8\)"),
+        (lambda: add_layer_norm(X.t()), "x's last stride must be 1"),
+        (lambda: add_layer_norm(X, weight=torch.zeros(7)), r"weight must be .*\(8,\), got \(7,\)"),
+        (lambda: embed_layer_norm(IDS, X, IDS), "position_ids and position go together"),
+        (lambda: embed_layer_norm(IDS.float(), X), "input_ids must be int64 or int32"),
+        (lambda: embed_layer_norm(IDS.repeat(2)[::2], X), "input_ids must be contiguous"),
+        (lambda: embed_layer_norm(IDS, X, IDS, X[:, :4]), r"position must be \(rows, 8\)"),
+        (lambda: linear(X, X.t()), r"don't fit: \(3, 8\), \(8, 3\)"),
+        (lambda: linear(X, X, X[0]), r"bias must have shape \(3,\), got \(8,\)"),
+        (lambda: linear(X, X, activation="swish"), "activation must be None or one of .*'swish'"),
+        (lambda: linear(X, X.half()), "weight is torch.float16"),
+    ],
+)
+def test_bad_input(call: Callable, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_an_id_out_of_range_raises_on_the_cpu() -> None:
+    with pytest.raises(IndexError):
+        embed_layer_norm(IDS + 3, X, backend="cpu")
+
+
+def test_no_gradient_is_lost_in_silence() -> None:
+    with pytest.raises(RuntimeError, match="attention is for inference"):
+        attention(Q.clone().requires_grad_(), Q, Q, CU, 4)
+    with torch.no_grad():
+        attention(Q.clone().requires_grad_(), Q, Q, CU, 4)
+
+
+def all_ops(x: torch.Tensor, ids: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+    q = x.view(-1, 1, 16)
+    y = attention(q, q, q, cu, 4).flatten(1)
+    y = add_layer_norm(linear(y, x[:16], activation="gelu"), y)
+    return y + embed_layer_norm(ids, x)
+
+
+def test_torch_compile_sees_no_graph_break() -> None:
+    x = torch.randn(16, 16, device=DEVICE)
+    ids = torch.arange(16, device=DEVICE)
+    cu = cumulative([3, 4, 4, 4, 1])
+    compiled = torch.compile(all_ops, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, ids, cu), all_ops(x, ids, cu))
+
+
+@pytest.mark.parametrize("name", ["attention", "add_layer_norm", "embed_layer_norm", "linear"])
+def test_registration(name: str) -> None:
+    x = torch.randn(4, 16, device=DEVICE)
+    q, ids = x.view(4, 1, 16), torch.arange(4, device=DEVICE)
+    backend = "triton" if DEVICE == "cuda" else "cpu"
+    arguments = {
+        "attention": (q, q, q, cumulative([3, 1]), 3, 0.25, backend),
+        "add_layer_norm": (x, None, None, None, 1e-5, None, backend),
+        "embed_layer_norm": (ids, None, None, x, None, None, None, None, 1e-5, backend),
+        "linear": (x, x, None, "gelu", backend),
+    }[name]
+    operator = getattr(torch.ops.encoder_fast, name).default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,135 @@
+"""pack and unpack: any mask, round trip, and how often the host waits."""
+
+import pytest
+import torch
+from berts import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from encoder_fast.packing import pack, pack_full, pack_lengths, read_mask
+
+
+def check(mask: Tensor) -> None:
+    batch = pack(mask)
+    valid = mask != 0
+    padded = torch.randn(*mask.shape, 3, device=mask.device)
+    packed = batch.pack(padded)
+    assert batch.total == int(valid.sum())
+    assert batch.max_seqlen == int(valid.sum(1).max() if mask.shape[0] else 0)
+    assert batch.cu_seqlens.dtype == torch.int32
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), valid.sum(1).cpu()]).cumsum(0)
+    assert batch.cu_seqlens.tolist() == ends.tolist()
+    torch.testing.assert_close(packed, padded[valid], rtol=0, atol=0)
+    restored = batch.unpack(packed)
+    torch.testing.assert_close(restored, padded * valid[..., None], rtol=0, atol=0)
+    columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)[valid]
+    assert batch.columns().tolist() == columns.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.int32])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param(["1111", "1100", "1000"], id="right"),
+        pytest.param(["1111", "0011", "0001"], id="left"),
+        pytest.param(["1011", "0101", "1001"], id="holes"),
+        pytest.param(["0000", "1100", "0000"], id="empty-rows"),
+        pytest.param(["0000"], id="nothing"),
+        pytest.param(["1111", "1111"], id="full"),
+    ],
+)
+def test_any_mask(rows: list[str], dtype: torch.dtype) -> None:
+    check(torch.tensor([[int(c) for c in row] for row in rows]).to(DEVICE, dtype))
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), batch=st.integers(0, 5), length=st.integers(1, 9))
+def test_random_masks(data: st.DataObject, batch: int, length: int) -> None:
+    bits = data.draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
+    check(torch.tensor(bits, dtype=torch.bool).view(batch, length))
+
+
+def test_no_rows() -> None:
+    batch = pack(torch.ones(0, 5))
+    assert (batch.total, batch.max_seqlen, batch.cu_seqlens.tolist()) == (0, 0, [0])
+    assert batch.unpack(torch.zeros(0, 4)).shape == (0, 5, 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), max_size=6), extra=st.integers(0, 3))
+def test_lengths_agree_with_the_mask(lengths: list[int], extra: int) -> None:
+    padded = max(lengths, default=0) + extra
+    mask = torch.arange(padded)[None] < torch.tensor(lengths, dtype=torch.int64)[:, None]
+    ours, theirs = pack_lengths(lengths, padded_length=padded), pack(mask)
+    assert ours.cu_seqlens.tolist() == theirs.cu_seqlens.tolist()
+    assert (ours.total, ours.max_seqlen, ours.shape) == (
+        theirs.total,
+        theirs.max_seqlen,
+        theirs.shape,
+    )
+    assert ours.columns().tolist() == theirs.columns().tolist()
+
+
+def test_no_padding_is_a_view() -> None:
+    padded = torch.randn(2, 3, 4)
+    batch = pack(torch.ones(2, 3))
+    assert batch.indices is None
+    assert batch.pack(padded).data_ptr() == padded.data_ptr()
+    assert batch.unpack(batch.pack(padded)).data_ptr() == padded.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: pack(torch.ones(3)), r"shape \(B, S\), got \(3,\)"),
+        (lambda: pack(torch.tensor([[1, 2]])), "0 and 1 only"),
+        (lambda: pack(torch.tensor([[1.0, 0.5]])), "0 and 1 only"),
+        (lambda: pack_lengths([3, -1]), r"lie in \[0, 3\], got \[3, -1\]"),
+        (lambda: pack_lengths([5], padded_length=4), r"lie in \[0, 4\], got \[5\]"),
+    ],
+)
+def test_bad_input(call: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_mask_facts() -> None:
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 0]])
+    ids = torch.tensor([[1, 2, 99], [99, 5, 6], [99, 99, 99]])
+    facts = read_mask(mask, ids, vocab_size=7)
+    assert (facts.total, facts.max_seqlen, facts.is_binary) == (4, 2, True)
+    assert not facts.first_column_filled  # row 1 begins with padding; row 2 has no token at all
+    assert facts.ids_in_range  # 99 stands on padding alone
+    assert not read_mask(mask, ids, vocab_size=6).ids_in_range
+
+
+def test_host_waits_at_most_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    for name in ("tolist", "item", "nonzero", "__bool__", "__int__", "cpu", "numpy"):
+        original = getattr(Tensor, name)
+
+        def counted(self: Tensor, *args: object, _name: str = name, _run: object = original):
+            waits.append(_name)
+            return _run(self, *args)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    pack(torch.tensor([[1, 0], [1, 1]]))
+    assert waits == ["tolist"]
+    waits.clear()
+    pack_full(2, 5, "cpu").columns()
+    assert waits == []
+
+
+@pytest.mark.gpu
+def test_the_device_is_waited_for_at_most_once() -> None:
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], device="cuda")
+    facts = read_mask(mask)  # the one wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = pack(mask, facts)
+        batch.unpack(batch.pack(torch.ones(2, 3, 4, device="cuda")))
+        pack_lengths([2, 0, 3], device="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

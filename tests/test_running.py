@@ -1,0 +1,232 @@
+"""A patched model in use: threads, memory, torch.compile, other backends end to end."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from berts import DEVICE, inputs, tiny
+
+import encoder_fast
+from encoder_fast.backends import why_not
+from encoder_fast.parity import compare
+
+BACKENDS = [n for n in ("reference", "triton") if why_not(n, torch.device(DEVICE)) is None]
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "empty_row", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_backends_end_to_end(backend: str, kind: str) -> None:
+    """The whole model on Triton too: in its interpreter where there is no GPU."""
+    model = tiny("BertForTokenClassification")
+    report = encoder_fast.check_parity(model, inputs(kind), backend=backend)
+    assert report.backend == backend
+    assert report.ok, str(report)
+
+
+def test_two_threads_get_right_answers() -> None:
+    model = encoder_fast.patch(tiny())
+    calls = [inputs("right", length=length) for length in (14, 17, 20, 33)]
+    with torch.inference_mode():
+        expected = [model(**call)[0] for call in calls]
+    wrong = []
+
+    def work(index: int) -> None:
+        with torch.inference_mode():
+            for step in range(50):
+                which = (index + step) % len(calls)
+                if not torch.equal(model(**calls[which])[0], expected[which]):
+                    wrong.append((index, step))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert encoder_fast.report(model).fast_calls == 4 + 100
+
+
+def test_weights_changed_while_another_thread_runs() -> None:
+    """No crash in the middle, and the new weights after it."""
+    model, call = encoder_fast.patch(tiny()), inputs()
+    stop, failed = threading.Event(), []
+
+    def work() -> None:
+        try:
+            with torch.inference_mode():
+                while not stop.is_set():
+                    model(**call)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with torch.no_grad():
+        for _ in range(20):
+            model.encoder.layer[0].output.dense.weight.mul_(1.01)
+    stop.set()
+    thread.join()
+    assert failed == []
+    report = encoder_fast.check_parity(model, call)
+    assert report.ok, str(report)
+
+
+def resident_bytes() -> int:
+    if DEVICE == "cuda":
+        return torch.cuda.memory_allocated()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+def test_memory_does_not_grow_over_a_thousand_calls() -> None:
+    model = encoder_fast.patch(tiny(hidden_size=96, intermediate_size=600))
+    calls = [inputs("right", length=length) for length in range(14, 34)]
+    with torch.inference_mode():
+        for step in range(200):
+            model(**calls[step % 20])
+        gc.collect()
+        before = resident_bytes()
+        for step in range(1000):
+            model(**calls[step % 20])
+    gc.collect()
+    # One leaked hidden state a call would be 1000 x 4 x 21 x 96 x 4 bytes = 32 MB.
+    assert resident_bytes() - before < 8 << 20
+
+
+def test_memory_does_not_grow_as_weights_change() -> None:
+    model, call = encoder_fast.patch(tiny(hidden_size=192, intermediate_size=768)), inputs()
+    weight = model.encoder.layer[0].output.dense.weight
+    with torch.no_grad():
+        for _ in range(20):
+            weight.mul_(1.001)
+            model(**call)
+        gc.collect()
+        before = resident_bytes()
+        for _ in range(100):
+            weight.mul_(1.001)
+            model(**call)
+    gc.collect()
+    # One leaked set of prepared weights a call would be 100 x 3.5 MB.
+    assert resident_bytes() - before < 50 << 20
+
+
+def test_a_dropped_model_is_freed() -> None:
+    model = encoder_fast.patch(tiny())
+    with torch.inference_mode():
+        model(**inputs())
+    alive = threading.Event()
+    torch.nn.Module.__setattr__(model, "witness", _Witness(alive))
+    del model
+    gc.collect()
+    assert alive.is_set()
+
+
+class _Witness:
+    def __init__(self, freed: threading.Event) -> None:
+        self._freed = freed
+
+    def __del__(self) -> None:
+        self._freed.set()
+
+
+def test_torch_compile_of_a_patched_model() -> None:
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.inference_mode():
+        expected = model(**call)[0]
+        compiled = torch.compile(model, backend="eager")
+        assert torch.equal(compiled(**call)[0], expected)
+    assert encoder_fast.report(model).fast_calls == 2
+
+
+def test_inputs_embeds_and_own_positions() -> None:
+    model, call = tiny(), inputs("holes")
+    ids = call.pop("input_ids")
+    with torch.inference_mode():
+        call["inputs_embeds"] = model.embeddings.word_embeddings(ids)
+    call["position_ids"] = torch.randint(0, 40, (1, 21), device=DEVICE)
+    report = encoder_fast.check_parity(model, call)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("hidden_states", [True, False])
+@pytest.mark.parametrize("pooler", [True, False])
+def test_outputs_have_the_originals_form(
+    pooler: bool, hidden_states: bool, return_dict: bool
+) -> None:
+    model = tiny()
+    if not pooler:
+        model.pooler = None
+    call = {**inputs(), "output_hidden_states": hidden_states, "return_dict": return_dict}
+    with torch.inference_mode():
+        theirs = model(**call)
+        ours = encoder_fast.patch(model)(**call)
+    assert type(ours) is type(theirs)
+    if return_dict:
+        assert list(ours.keys()) == list(theirs.keys())
+    assert len(ours) == len(theirs)
+    assert [type(part) for part in ours] == [type(part) for part in theirs]
+    assert encoder_fast.report(model).fast_calls == 1
+
+
+def test_config_defaults_for_outputs() -> None:
+    model = tiny(output_hidden_states=True)
+    with torch.inference_mode():
+        theirs = model(**inputs())
+        ours = encoder_fast.patch(model)(**inputs())
+    assert len(ours.hidden_states) == len(theirs.hidden_states) == 3
+
+
+def test_loss_in_eval_mode() -> None:
+    model, call = tiny("BertForSequenceClassification"), inputs()
+    call["labels"] = torch.tensor([0, 1, 1, 0], device=DEVICE)
+    with torch.inference_mode():
+        theirs = model(**call)
+        ours = encoder_fast.patch(model)(**call)
+    assert compare("loss", ours.loss, theirs.loss, theirs.loss.double()).error < 1e-5
+    assert encoder_fast.report(model).fast_calls == 1
+
+
+def test_positional_arguments() -> None:
+    model, call = tiny(), inputs()
+    with torch.inference_mode():
+        named = encoder_fast.patch(model)(**call)[0]
+        placed = model(call["input_ids"], call["attention_mask"], call["token_type_ids"])[0]
+    assert torch.equal(named, placed)
+
+
+def test_parity_report_tells_what_was_not_proved() -> None:
+    model, call = tiny(), inputs()
+    call["attention_mask"] = call["attention_mask"].flip(1)
+    report = encoder_fast.check_parity(model, call)
+    assert not report.ok
+    assert "NOT PROVED" in str(report)
+    with pytest.raises(encoder_fast.ParityError, match="padded first column"):
+        encoder_fast.check_parity(model, call, raise_on_failure=True)
+    with pytest.raises(ValueError, match="eval mode"):
+        encoder_fast.check_parity(model.train(), call)
+
+
+def test_a_broken_kernel_breaks_parity(monkeypatch: pytest.MonkeyPatch) -> None:
+    from encoder_fast.backends import reference
+
+    original = reference.attention
+
+    def off_by_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object):
+        return original(q, k, v.roll(1, dims=0), *rest)
+
+    monkeypatch.setattr(reference, "attention", off_by_one)
+    report = encoder_fast.check_parity(tiny(), inputs(), backend="reference")
+    assert not report.ok
+    assert "BROKEN" in str(report)
+
+
+def test_info_tells_what_is_there_and_why_not() -> None:
+    info = encoder_fast.info()
+    assert info.backends["reference"] == "available"
+    if DEVICE == "cpu":
+        assert info.backends["cpu"] == "available"
+    assert info.versions["torch"] in str(info)
+    for name in info.backends:
+        assert f"backend {name}" in str(info)

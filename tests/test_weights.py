@@ -1,0 +1,191 @@
+"""Weights changed after patching take effect at the next call, however they were changed."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from berts import DEVICE, inputs, tiny
+from torch import nn
+
+import encoder_fast
+from encoder_fast import weights
+
+LINEARS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+
+
+def no_grad_edit(linear: nn.Linear) -> None:
+    with torch.no_grad():
+        linear.weight.mul_(1.5)
+
+
+def data_edit(linear: nn.Linear) -> None:
+    """Past autograd's version counter."""
+    linear.weight.data.mul_(1.5)
+
+
+def data_copy(linear: nn.Linear) -> None:
+    linear.weight.data.copy_(torch.randn_like(linear.weight))
+
+
+def permutation(linear: nn.Linear) -> None:
+    """The sum of all bytes stays the same."""
+    linear.weight.data.copy_(linear.weight.data.roll(1, dims=1).clone())
+
+
+def numpy_edit(linear: nn.Linear) -> None:
+    if DEVICE == "cuda":
+        pytest.skip("NumPy sees CPU tensors alone")
+    linear.weight.detach().numpy()[:] *= 1.5
+
+
+def new_parameter(linear: nn.Linear) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach() * 1.5)
+
+
+def new_data(linear: nn.Linear) -> None:
+    linear.weight.data = linear.weight.data * 1.5
+
+
+def transposed_data(linear: nn.Linear) -> None:
+    """The same memory and version, read the other way round."""
+    if linear.weight.shape[0] != linear.weight.shape[1]:
+        pytest.skip("only a square weight can be transposed")
+    linear.weight.data = linear.weight.data.t()
+
+
+def bias_edit(linear: nn.Linear) -> None:
+    linear.bias.data.add_(0.5)
+
+
+def no_bias(linear: nn.Linear) -> None:
+    linear.bias = None
+
+
+EDITS = (
+    no_grad_edit,
+    data_edit,
+    data_copy,
+    permutation,
+    numpy_edit,
+    new_parameter,
+    new_data,
+    transposed_data,
+    bias_edit,
+    no_bias,
+)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("path", LINEARS)
+def test_edits_take_effect(path: str, edit: Callable[[nn.Linear], None]) -> None:
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.no_grad():
+        before = model(**call)[0]
+        edit(model.encoder.layer[1].get_submodule(path))
+        after = model(**call)[0]
+    assert encoder_fast.report(model).fallbacks == {}
+    # softmax does not see a constant added to every key's score, so a key's bias changes nothing
+    if not (path.endswith("key") and edit in (bias_edit, no_bias)):
+        assert (after - before).abs().max() > 1e-3
+    report = encoder_fast.check_parity(model, call)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["embeddings.word_embeddings", "embeddings.LayerNorm", "encoder.layer.0.output.LayerNorm"],
+)
+def test_tables_and_norms_are_live(path: str) -> None:
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.no_grad():
+        model(**call)
+        model.get_submodule(path).weight.data.mul_(1.5)
+    report = encoder_fast.check_parity(model, call)
+    assert report.ok, str(report)
+
+
+def test_one_element_changed_unseen_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum over all bytes is taken from THOROUGH_TOKENS on, and sees a single element."""
+    monkeypatch.setattr(weights, "THOROUGH_TOKENS", 8)
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.no_grad():
+        model(**call)
+        for index in range(48):
+            model.encoder.layer[0].intermediate.dense.weight.data[index, index] = 4.0
+            report = encoder_fast.check_parity(model, call)
+            assert report.ok, f"element {index}\n{report}"
+
+
+def test_head_pruning_between_calls() -> None:
+    """Layers may come to have fewer heads than the config says (transformers 4 prunes them)."""
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.no_grad():
+        model(**call)
+        attention = model.encoder.layer[0].attention
+        inner = attention.self
+        for linear in (inner.query, inner.key, inner.value):
+            linear.weight = nn.Parameter(linear.weight[16:].clone())
+            linear.bias = nn.Parameter(linear.bias[16:].clone())
+            linear.out_features = 32
+        out = attention.output.dense
+        out.weight = nn.Parameter(out.weight[:, 16:].clone())
+        inner.num_attention_heads, inner.all_head_size = 2, 32
+    report = encoder_fast.check_parity(model, call)
+    assert report.ok, str(report)
+
+
+def test_inference_mode_and_back() -> None:
+    """What was prepared under inference_mode serves outside it, and the other way round."""
+    for first in (torch.inference_mode, torch.no_grad):
+        model, call = encoder_fast.patch(tiny()), inputs()
+        with first():
+            expected = model(**call)[0].clone()
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert torch.equal(model(**call)[0], expected)
+
+
+def test_a_model_made_under_inference_mode() -> None:
+    """Its parameters have no version counter."""
+    with torch.inference_mode():
+        model, call = encoder_fast.patch(tiny()), inputs()
+        before = model(**call)[0]
+        model.encoder.layer[0].output.dense.weight.mul_(2)
+        assert not torch.equal(model(**call)[0], before)
+    assert encoder_fast.report(model).fallbacks == {}
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU rewrites its stacked weights in every forward")
+def test_unchanged_weights_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = weights.linear.prepare
+    monkeypatch.setattr(weights.linear, "prepare", lambda *args: made.append(1) or original(*args))
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.no_grad():
+        for _ in range(3):
+            model(**call)
+    assert len(made) == 2 * 2  # Q, K, V and the output projection, of two layers
+
+
+@pytest.mark.gpu
+def test_a_gpu_forward_waits_once() -> None:
+    model, call = encoder_fast.patch(tiny().half()), inputs()
+    without_mask = {"input_ids": call["input_ids"]}
+    with torch.inference_mode():
+        model(**call)
+        model(**without_mask)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(**without_mask)
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                model(**call)  # the one wait, for the count of tokens
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
