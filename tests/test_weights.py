@@ -61,7 +61,7 @@ def transposed_data(linear: nn.Linear) -> None:
 
 
 def bias_edit(linear: nn.Linear) -> None:
-    linear.bias.data.add_(0.5)
+    linear.bias.data.add_(torch.randn_like(linear.bias))
 
 
 def no_bias(linear: nn.Linear) -> None:

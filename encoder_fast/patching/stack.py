@@ -22,7 +22,7 @@ class Stack:
     """The subtree under some children of a model, as it was when it was read."""
 
     def __init__(self, model: nn.Module, children: tuple[str, ...]) -> None:
-        self._edges: list[tuple[dict[str, nn.Module | None], str, nn.Module, type, Any]] = []
+        self._edges: list[tuple[dict[str, Any], str, nn.Module, Any, Any]] = []
         self._sizes: list[tuple[dict[str, nn.Module | None], int]] = []
         for name in children:
             self._watch(model, name)
