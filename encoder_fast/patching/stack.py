@@ -41,9 +41,9 @@ class Stack:
         """Whether every module is still the one that was read, class and forward included."""
         for children, name, child, cls, forward in self._edges:
             if (
-                children.get(name) is not child
+                cls.forward is not forward
                 or type(child) is not cls
-                or cls.forward is not forward
+                or children.get(name) is not child
             ):
                 return False
         return all(len(children) == size for children, size in self._sizes)
