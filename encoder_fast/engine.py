@@ -11,51 +11,58 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder_fast.ops import add_layer_norm, attention, embed_layer_norm, linear
+from encoder_fast.ops.linear import PreparedLinear
 from encoder_fast.packing import PackedBatch
 from encoder_fast.spec import EmbeddingSpec, EncoderSpec
-from encoder_fast.weights import LayerWeights
+from encoder_fast.weights import EncoderWeights
 
 
 def embed(
     spec: EmbeddingSpec,
+    projection: PreparedLinear | None,
     backend: str,
     position_ids: Tensor,
     token_type_ids: Tensor | None,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
 ) -> Tensor:
-    """The first hidden state.
+    """The first hidden state, ``(total, N)``.
 
     Args:
+        projection: the prepared ``spec.projection``.
         position_ids, token_type_ids, input_ids: integers ``(total,)``; no token types means zeros.
-        inputs_embeds: ``(total, N)`` in place of the word embeddings of ``input_ids``.
+        inputs_embeds: ``(total, E)`` in place of the word embeddings of ``input_ids``.
     """
-    if token_type_ids is None:
+    type_table = None if spec.token_type is None else spec.token_type.weight
+    if type_table is None:
+        token_type_ids = None
+    elif token_type_ids is None:
         token_type_ids = torch.zeros_like(position_ids)
-    norm, eps = spec.norm, spec.norm.eps
-    if inputs_embeds is not None:
-        types = F.embedding(token_type_ids, spec.token_type.weight)
-        positions = F.embedding(position_ids, spec.position.weight)
-        return add_layer_norm.operator.run(
-            inputs_embeds + types, positions, norm.weight, norm.bias, eps, None, backend
+    norm = spec.norm
+    if inputs_embeds is None:
+        hidden = embed_layer_norm.operator.run(
+            input_ids,
+            position_ids,
+            token_type_ids,
+            spec.word.weight,
+            spec.position.weight,
+            type_table,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            backend,
         )
-    return embed_layer_norm.operator.run(
-        input_ids,
-        position_ids,
-        token_type_ids,
-        spec.word.weight,
-        spec.position.weight,
-        spec.token_type.weight,
-        norm.weight,
-        norm.bias,
-        eps,
-        backend,
-    )
+    else:
+        if type_table is not None and token_type_ids is not None:
+            inputs_embeds = inputs_embeds + F.embedding(token_type_ids, type_table)
+        positions = F.embedding(position_ids, spec.position.weight)
+        hidden = _add_norm(norm, inputs_embeds, positions, backend)
+    return hidden if projection is None else linear.run(hidden, projection, None, backend)
 
 
 def encode(
     spec: EncoderSpec,
-    weights: list[LayerWeights],
+    weights: EncoderWeights,
     backend: str,
     batch: PackedBatch,
     hidden: Tensor,
@@ -70,7 +77,7 @@ def encode(
     Returns:
         ``(total, N)``, the last hidden state.
     """
-    for layer, prepared in zip(spec.layers, weights, strict=True):
+    for layer, prepared in zip(spec.layers, weights.layers, strict=True):
         qkv = linear.run(hidden, prepared.qkv, None, backend)
         # Read off the weights, not the config: a layer may have been pruned of heads.
         num_heads = qkv.shape[1] // (3 * layer.head_size)

@@ -16,12 +16,27 @@ from encoder_fast.ops.linear import Activation
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingSpec:
-    """``LayerNorm(word[ids] + token_type[types] + position[positions])``."""
+    """``LayerNorm(word[ids] + token_type[types] + position[positions])``, then the projection.
+
+    Attributes:
+        position_padding_idx: where set, positions follow RoBERTa's rule: they count a row's ids
+            other than this one, from ``position_padding_idx + 1``. Else a token's position is its
+            column.
+        projection: from the embeddings' width to the layers', or ``None`` where they are the same.
+    """
 
     word: nn.Embedding
     position: nn.Embedding
-    token_type: nn.Embedding
+    token_type: nn.Embedding | None
     norm: nn.LayerNorm
+    position_padding_idx: int | None = None
+    projection: nn.Linear | None = None
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the position table can serve."""
+        first = 0 if self.position_padding_idx is None else self.position_padding_idx + 1
+        return self.position.num_embeddings - first
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +60,20 @@ class EncoderSpec:
     """A whole encoder.
 
     Attributes:
-        family: the name of the family that read it.
         embeddings: how tokens become the first hidden state.
         layers: the layers, in order.
-        max_positions: the longest padded length the position table can serve.
-        pooler: the model's own module, from ``(B, S, N)`` to its pooled output, or ``None``.
     """
 
-    family: str
     embeddings: EmbeddingSpec
     layers: tuple[LayerSpec, ...]
-    max_positions: int
-    pooler: nn.Module | None
 
     @property
     def tables_and_norms(self) -> list[nn.Module]:
         """The modules whose parameters are used as they are, unlike the linears'."""
         embeddings = self.embeddings
-        tables = [embeddings.word, embeddings.position, embeddings.token_type, embeddings.norm]
+        tables = [embeddings.word, embeddings.position, embeddings.norm]
+        if embeddings.token_type is not None:
+            tables.append(embeddings.token_type)
         norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)]
         return [*tables, *norms]
 

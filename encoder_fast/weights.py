@@ -17,6 +17,7 @@ other linears use the live tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,14 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderWeights:
+    """The linears of an encoder, prepared: the projection of its embeddings, and each layer's."""
+
+    projection: PreparedLinear | None
+    layers: list[LayerWeights]
+
+
+@dataclass(frozen=True, slots=True)
 class _Prepared:
     """All layers' weights, and what they were made from.
 
@@ -56,7 +65,7 @@ class _Prepared:
     samples: list[Tensor]
     sampled: Tensor
     total: int
-    layers: list[LayerWeights]
+    weights: EncoderWeights
 
 
 class WeightCache:
@@ -64,18 +73,23 @@ class WeightCache:
 
     def __init__(self, spec: EncoderSpec, backend: str) -> None:
         self._backend = backend
+        self._projection = spec.embeddings.projection
         self._layers = spec.layers
+        # ALBERT runs one layer many times: its weights are prepared once.
+        self._distinct = list({id(layer): layer for layer in spec.layers}.values())
         self._modules = [
             module
-            for layer in spec.layers
+            for layer in self._distinct
             for module in (*_qkv(layer), layer.attention_out, layer.ffn_in, layer.ffn_out)
         ]
+        if self._projection is not None:
+            self._modules.append(self._projection)
         self._unprepared = spec.tables_and_norms
         # Replaced as a whole: threads that race see one complete state or another.
         self._prepared: _Prepared | None = None
 
-    def current(self, like: Tensor, tokens: int) -> list[LayerWeights]:
-        """The weights of every layer, as the model has them now.
+    def current(self, like: Tensor, tokens: int) -> EncoderWeights:
+        """The weights as the model has them now.
 
         Args:
             like: a tensor of the model; all weights must share its dtype and device.
@@ -102,7 +116,7 @@ class WeightCache:
                 return self._verified(sources, thorough=tokens >= THOROUGH_TOKENS)
             return self._rewritten(sources)
 
-    def _verified(self, sources: list[Tensor], thorough: bool) -> list[LayerWeights]:
+    def _verified(self, sources: list[Tensor], thorough: bool) -> EncoderWeights:
         identity = tuple(
             (s.data_ptr(), s.stride(), 0 if s.is_inference() else s._version) for s in sources
         )
@@ -113,48 +127,60 @@ class WeightCache:
             and torch.equal(torch.cat(known.samples), known.sampled)
             and (not thorough or known.total == _byte_sum(sources))
         ):
-            return known.layers
+            return known.weights
         samples = [_sample(s) for s in sources]
         # What is copied is what was looked at: the sums come first, so that an edit by another
         # thread while the copies are made is noticed at the next call.
         sampled, total = torch.cat(samples), _byte_sum(sources)
-        layers = [self._prepare(layer) for layer in self._layers]
-        self._prepared = _Prepared(identity, samples, sampled, total, layers)
-        return layers
+        weights = self._prepare([None] * len(self._distinct))
+        self._prepared = _Prepared(identity, samples, sampled, total, weights)
+        return weights
 
-    def _rewritten(self, sources: list[Tensor]) -> list[LayerWeights]:
+    def _rewritten(self, sources: list[Tensor]) -> EncoderWeights:
         identity = tuple((s.shape, s.dtype, s.device) for s in sources)
         known = self._prepared
         if known is None or known.identity != identity:
-            layers = [self._prepare(layer) for layer in self._layers]
-            empty = sources[0].new_empty(0)
-            known = self._prepared = _Prepared(identity, [], empty, 0, layers)
-        layers = []
+            weights = self._prepare([None] * len(self._distinct))
+            known = self._prepared = _Prepared(identity, [], torch.empty(0), 0, weights)
+        first_use = {id(layer): i for i, layer in reversed(list(enumerate(self._layers)))}
+        stacks = [known.weights.layers[first_use[id(layer)]].qkv for layer in self._distinct]
         stacked: list[Tensor] = []
         live: list[Tensor] = []
-        for layer, prepared in zip(self._layers, known.layers, strict=True):
-            qkv = prepared.qkv
+        for layer, stack in zip(self._distinct, stacks, strict=True):
             modules = _qkv(layer)
             sizes = [module.weight.shape[0] for module in modules]
-            stacked.extend(qkv.weight.split(sizes))
+            stacked.extend(stack.weight.split(sizes))
             live.extend(module.weight.detach() for module in modules)
-            if qkv.bias is not None:
-                for part, module in zip(qkv.bias.split(sizes), modules, strict=True):
+            if stack.bias is not None:
+                for part, module in zip(stack.bias.split(sizes), modules, strict=True):
                     if module.bias is not None:
                         stacked.append(part)
                         live.append(module.bias.detach())
-            layers.append(self._prepare(layer, qkv))
         torch._foreach_copy_(stacked, live)
-        return layers
+        return self._prepare(stacks)
 
-    def _prepare(self, layer: LayerSpec, qkv: PreparedLinear | None = None) -> LayerWeights:
+    def _prepare(self, stacks: Sequence[PreparedLinear | None]) -> EncoderWeights:
+        """Prepare everything; where a stack of Q, K and V is given, it is taken as it is."""
+        prepared = {
+            id(layer): self._prepare_layer(layer, stack)
+            for layer, stack in zip(self._distinct, stacks, strict=True)
+        }
+        projection = self._projection
+        return EncoderWeights(
+            None
+            if projection is None
+            else linear.prepare([projection.weight], [projection.bias], self._backend),
+            [prepared[id(layer)] for layer in self._layers],
+        )
+
+    def _prepare_layer(self, layer: LayerSpec, stack: PreparedLinear | None) -> LayerWeights:
         backend, out = self._backend, layer.attention_out
-        if qkv is None:
+        if stack is None:
             modules = _qkv(layer)
-            qkv = linear.prepare([m.weight for m in modules], [m.bias for m in modules], backend)
+            stack = linear.prepare([m.weight for m in modules], [m.bias for m in modules], backend)
         ffn_in, ffn_out = layer.ffn_in, layer.ffn_out
         return LayerWeights(
-            qkv,
+            stack,
             linear.prepare([out.weight], [out.bias], backend),
             linear.prepare_feed_forward(
                 ffn_in.weight, ffn_in.bias, ffn_out.weight, ffn_out.bias, backend

@@ -282,13 +282,13 @@ def test_relative_positions_are_refused() -> None:
         encoder_fast.patch(model)
 
 
-def test_backend_errors() -> None:
+def test_backend_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"'auto' or one of .*'cpu'.*got 'gpu'"):
         encoder_fast.patch(tiny(), "gpu")
     other = "cpu" if DEVICE == "cuda" else "triton"
     model = tiny()
     if other == "triton":
-        pytest.MonkeyPatch().delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(encoder_fast.BackendUnavailableError, match=f"backend '{other}'"):
         encoder_fast.patch(model, other)
     assert type(model) is transformers.BertModel

@@ -9,12 +9,18 @@ from __future__ import annotations
 from torch import nn
 
 from encoder_fast.errors import UnsupportedModelError
-from encoder_fast.families import bert
+from encoder_fast.families import albert, bert, distilbert, electra, roberta
 from encoder_fast.families.family import Family
 
 __all__ = ["FAMILIES", "Family", "find_family", "supported_classes", "unsupported"]
 
-FAMILIES: tuple[Family, ...] = (bert.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    bert.FAMILY,
+    *roberta.FAMILIES,
+    distilbert.FAMILY,
+    electra.FAMILY,
+    albert.FAMILY,
+)
 
 
 def supported_classes() -> list[str]:

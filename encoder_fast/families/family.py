@@ -6,11 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.ops.linear import Activation
 from encoder_fast.spec import EncoderSpec
+
+
+def _call_pooler(model: Any, hidden: Tensor) -> Tensor:
+    return model.pooler(hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,11 @@ class Family:
         module: the transformers module that defines the classes.
         class_names: the classes of bare encoders, by name: looking for a model never imports one.
         output_class: the name of the output class in ``transformers.modeling_outputs``.
-        stack: the children of the model that the engine takes over.
+        stack: the children of the model that the engine takes over, where it has them.
+        pool: from a model that has a pooler, and its last hidden state ``(B, S, N)``, to the pooled
+            output. It calls the model's own modules, so that their hooks run.
+        first_token_heads: the classes of models with a head that reads column 0 of the hidden
+            states itself, past any pooler.
         read: from a model of this family to its spec; raises :class:`UnsupportedModelError` with
             the reason where this particular model can't run fast.
     """
@@ -33,6 +41,8 @@ class Family:
     output_class: str
     stack: tuple[str, ...]
     read: Callable[[nn.Module], EncoderSpec]
+    pool: Callable[[Any, Tensor], Tensor] = _call_pooler
+    first_token_heads: tuple[str, ...] = ()
 
     def matches(self, cls: Any) -> bool:
         """Whether ``cls`` is one of this family's classes, or a subclass that keeps its forward."""

@@ -28,7 +28,7 @@ class Stack:
             self._watch(model, name)
 
     def _watch(self, parent: nn.Module, name: str) -> None:
-        child = parent._modules[name]
+        child = parent._modules.get(name)
         if child is None:
             return
         cls: Any = type(child)

@@ -25,7 +25,7 @@ from encoder_fast.patching.arguments import Arguments, parameter_names, read_arg
 from encoder_fast.patching.reporting import Counts
 from encoder_fast.patching.stack import Stack
 from encoder_fast.spec import EncoderSpec
-from encoder_fast.weights import WeightCache
+from encoder_fast.weights import EncoderWeights, WeightCache
 
 NOT_FAST = object()
 """What :meth:`EncoderState.attempt` returns where the original forward has to run."""
@@ -58,8 +58,16 @@ class EncoderState:
     which reads the copy at its first call.
     """
 
-    def __init__(self, family: Family, original: Any, backend: str, strict: bool) -> None:
+    def __init__(
+        self,
+        family: Family,
+        original: Any,
+        backend: str,
+        strict: bool,
+        head_reads_first: bool = False,
+    ) -> None:
         self.family = family
+        self.head_reads_first = head_reads_first
         self.original = original
         self.backend = backend
         self.strict = strict
@@ -68,7 +76,9 @@ class EncoderState:
         self._reading: _Reading | None = None
 
     def __deepcopy__(self, memo: dict) -> EncoderState:
-        return EncoderState(self.family, self.original, self.backend, self.strict)
+        return EncoderState(
+            self.family, self.original, self.backend, self.strict, self.head_reads_first
+        )
 
     @property
     def chosen(self) -> tuple[str, str]:
@@ -126,19 +136,15 @@ class EncoderState:
         if like.dtype not in load(backend).DTYPES:
             raise NotFastError(f"dtype {like.dtype} on backend {backend}")
         shape = _check_tensors(call, like)
-        if call.position_ids is None and shape[1] > spec.max_positions:
-            raise ValueError(
-                f"input of length {shape[1]} exceeds the model's limit of {spec.max_positions} "
-                "positions"
-            )
-        batch = _pack(call, shape, spec)
+        has_pooler = getattr(model, "pooler", None) is not None
+        batch = _pack(call, shape, spec, reads_first=has_pooler or self.head_reads_first)
         weights = reading.cache.current(like, batch.total)
         collect: list[Tensor] | None = [] if call.output_hidden_states else None
-        hidden = _embed(call, spec, backend, batch)
+        hidden = _embed(call, spec, weights, backend, batch)
         if collect is not None:
             collect.append(hidden)
         last = batch.unpack(engine.encode(spec, weights, backend, batch, hidden, collect))
-        pooled = None if spec.pooler is None else spec.pooler(last)
+        pooled = self.family.pool(model, last) if has_pooler else None
         states = None
         if collect is not None:
             states = (*(batch.unpack(state) for state in collect[:-1]), last)
@@ -224,8 +230,13 @@ def _check_tensors(call: Arguments, like: Tensor) -> tuple[int, int]:
     return batch_size, length
 
 
-def _pack(call: Arguments, shape: tuple[int, int], spec: EncoderSpec) -> PackedBatch:
+def _pack(
+    call: Arguments, shape: tuple[int, int], spec: EncoderSpec, *, reads_first: bool
+) -> PackedBatch:
+    skips_padding = spec.embeddings.position_padding_idx is not None
     mask = call.attention_mask
+    if mask is None or not skips_padding:
+        _check_length(call, shape[1], spec)
     if mask is None:
         return pack_full(*shape, spec.embeddings.word.weight.device)
     vocab_size = spec.embeddings.word.num_embeddings
@@ -236,23 +247,46 @@ def _pack(call: Arguments, shape: tuple[int, int], spec: EncoderSpec) -> PackedB
         raise NotFastError("an attention_mask with values other than 0 and 1")
     if not facts.ids_in_range:
         raise IndexError(f"input_ids must lie in [0, {vocab_size})")
-    if spec.pooler is not None and not facts.first_column_filled:
-        # The pooler reads column 0. Where that is padding, the original gives the state of a
-        # padding token that attends to the text, and this path has no such token.
+    if reads_first and not facts.first_column_filled:
+        # Where column 0 is padding, the original pools the state of a padding token that
+        # attends to the text, and this path has no such token.
         raise NotFastError("a pooler over a padded first column (left padding)")
+    if skips_padding:
+        _check_length(call, facts.max_seqlen, spec)
     return pack(mask, facts)
 
 
-def _embed(call: Arguments, spec: EncoderSpec, backend: str, batch: PackedBatch) -> Tensor:
+def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:
+    limit = spec.embeddings.max_positions
+    if call.position_ids is None and length > limit:
+        raise ValueError(f"input of length {length} exceeds the model's limit of {limit} positions")
+
+
+def _embed(
+    call: Arguments, spec: EncoderSpec, weights: EncoderWeights, backend: str, batch: PackedBatch
+) -> Tensor:
     def packed(ids: Tensor | None) -> Tensor | None:
         return None if ids is None else batch.pack(ids)
 
-    positions = packed(call.position_ids)
     return engine.embed(
         spec.embeddings,
+        weights.projection,
         backend,
-        batch.columns() if positions is None else positions,
+        _positions(call, spec.embeddings.position_padding_idx, batch),
         packed(call.token_type_ids),
         packed(call.input_ids),
         packed(call.inputs_embeds),
     )
+
+
+def _positions(call: Arguments, padding_idx: int | None, batch: PackedBatch) -> Tensor:
+    """The position of each packed token."""
+    if call.position_ids is not None:
+        return batch.pack(call.position_ids)
+    if padding_idx is None:
+        return batch.columns()
+    if call.input_ids is None:
+        return batch.columns() + (padding_idx + 1)
+    # RoBERTa goes by the ids and not by the mask: the two differ where a mask has holes.
+    counted = (call.input_ids != padding_idx).long()
+    return batch.pack(counted.cumsum(dim=1) * counted + padding_idx)

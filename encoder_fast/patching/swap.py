@@ -44,12 +44,15 @@ def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
         ValueError: no backend of that name.
     """
     found: list[tuple[nn.Module, EncoderState]] = []
-    for path, module in root_module(model).named_modules():
+    modules = dict(root_module(model).named_modules())
+    for path, module in modules.items():
         original = _original_class(module)
         family = find_family(original)
         if family is None:
             continue
-        state = EncoderState(family, original, backend, strict)
+        parent = modules[path.rpartition(".")[0]]
+        head_reads_first = type(parent).__name__ in family.first_token_heads
+        state = EncoderState(family, original, backend, strict, head_reads_first)
         try:
             if "forward" in module.__dict__:
                 raise UnsupportedModelError("its forward was replaced on the instance")

@@ -1,0 +1,72 @@
+"""The layout that BERT's direct descendants share: module names, layer order, embeddings.
+
+transformers repeats BERT's classes under each descendant's name; reading one of them is reading
+them all, with another prefix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from encoder_fast.errors import UnsupportedModelError
+from encoder_fast.families.family import (
+    expect,
+    expect_embedding,
+    expect_layer_norm,
+    expect_linear,
+    read_activation,
+)
+from encoder_fast.spec import EmbeddingSpec, LayerSpec
+
+
+def check_absolute_positions(config: Any) -> None:
+    """Refuse the relative position embeddings that transformers 4 could add to attention."""
+    kind = getattr(config, "position_embedding_type", None) or "absolute"
+    if kind != "absolute":
+        raise UnsupportedModelError(f"position_embedding_type={kind!r} has no fast path")
+
+
+def read_embeddings(
+    embeddings: Any,
+    name: str,
+    *,
+    position_padding_idx: int | None = None,
+    projection: Any = None,
+) -> EmbeddingSpec:
+    """Embeddings of class ``name``: word, position and token type, then LayerNorm."""
+    expect(embeddings, name)
+    return EmbeddingSpec(
+        word=expect_embedding(embeddings.word_embeddings),
+        position=expect_embedding(embeddings.position_embeddings),
+        token_type=expect_embedding(embeddings.token_type_embeddings),
+        norm=expect_layer_norm(embeddings.LayerNorm),
+        position_padding_idx=position_padding_idx,
+        projection=None if projection is None else expect_linear(projection),
+    )
+
+
+def read_layers(encoder: Any, prefix: str) -> tuple[LayerSpec, ...]:
+    """The layers of a ``<prefix>Encoder``."""
+    expect(encoder, f"{prefix}Encoder")
+    return tuple(_read_layer(layer, prefix) for layer in encoder.layer)
+
+
+def _read_layer(layer: Any, prefix: str) -> LayerSpec:
+    expect(layer, f"{prefix}Layer")
+    expect(layer.attention, f"{prefix}Attention")
+    attention = expect(layer.attention.self, f"{prefix}SelfAttention", f"{prefix}SdpaSelfAttention")
+    attention_out = expect(layer.attention.output, f"{prefix}SelfOutput")
+    ffn_in = expect(layer.intermediate, f"{prefix}Intermediate")
+    ffn_out = expect(layer.output, f"{prefix}Output")
+    return LayerSpec(
+        query=expect_linear(attention.query),
+        key=expect_linear(attention.key),
+        value=expect_linear(attention.value),
+        head_size=attention.attention_head_size,
+        attention_out=expect_linear(attention_out.dense),
+        attention_norm=expect_layer_norm(attention_out.LayerNorm),
+        ffn_in=expect_linear(ffn_in.dense),
+        activation=read_activation(ffn_in.intermediate_act_fn),
+        ffn_out=expect_linear(ffn_out.dense),
+        ffn_norm=expect_layer_norm(ffn_out.LayerNorm),
+    )

@@ -1,0 +1,145 @@
+"""Every family: the same numbers under each head, dtype and mask, and the same model."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+import zoo
+from berts import DEVICE, DTYPES, inputs
+
+import encoder_fast
+
+
+def call_for(family: str, head: str, kind: str) -> dict:
+    call = inputs(kind)
+    if family == "distilbert":
+        del call["token_type_ids"]
+    if family in ("roberta", "xlm_roberta", "camembert"):
+        call["token_type_ids"].zero_()
+        if "attention_mask" in call:
+            # as a tokenizer pads; the positions go by the ids
+            call["input_ids"][call["attention_mask"] == 0] = zoo.PAD
+        # and one real token that happens to be the padding id, as users can pass
+        call["input_ids"][0, 3] = zoo.PAD
+    else:
+        call["token_type_ids"] = call.pop("token_type_ids", None)
+    if head == "ForMultipleChoice":
+        call = {n: v if v is None else v.view(2, 2, -1) for n, v in call.items()}
+    return {name: value for name, value in call.items() if value is not None}
+
+
+@pytest.mark.parametrize("kind", ["none", "right", "holes", "empty_row", "left"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("family", "head"), zoo.CASES, ids=lambda case: case)
+def test_parity(family: str, head: str, dtype: str, kind: str) -> None:
+    model = zoo.build(family, head).to(DTYPES[dtype])
+    call = call_for(family, head, kind)
+    if kind == "left" and zoo.has_pooled_output(family, head):
+        with torch.inference_mode():
+            encoder_fast.patch(model)(**call)
+        assert "left padding" in next(iter(encoder_fast.report(model).fallbacks))
+        return
+    report = encoder_fast.check_parity(model, call)
+    assert report.ok, str(report)
+
+
+SIZES = {
+    "distilbert": {"dim": 768, "n_heads": 12, "hidden_dim": 3072},
+    "electra": {"embedding_size": 128},
+    "albert": {"embedding_size": 128, "num_hidden_groups": 1},
+}
+BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+
+
+@pytest.mark.parametrize("family", [name for name in zoo.FAMILIES if name != "bert"])
+def test_base_size(family: str) -> None:
+    sizes = SIZES.get(family, {})
+    model = zoo.build(family, **(sizes if "dim" in sizes else {**BASE, **sizes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.02)  # as these sizes are initialised
+    report = encoder_fast.check_parity(model, call_for(family, "Model", "right"))
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_behaviour(family: str, tmp_path: object) -> None:
+    model = zoo.build(family, "ForSequenceClassification")
+    call = call_for(family, "ForSequenceClassification", "right")
+    labels = {"labels": torch.tensor([0, 1, 1, 0], device=DEVICE)}
+    with torch.inference_mode():
+        before = model(**call, **labels, output_hidden_states=True)
+        plain = model(**call, return_dict=False)
+        encoder_fast.patch(model)
+        after = model(**call, **labels, output_hidden_states=True)
+        as_tuple = model(**call, return_dict=False)
+        cloned = copy.deepcopy(model)(**call)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path).eval().to(DEVICE)(**call)
+        assert encoder_fast.report(model).fallbacks == {}
+        restored = encoder_fast.unpatch(model)(**call, **labels)
+    assert list(after.keys()) == list(before.keys())
+    assert len(after.hidden_states) == len(before.hidden_states)
+    assert len(as_tuple) == len(plain)
+    torch.testing.assert_close(after.loss, before.loss, rtol=1e-4, atol=1e-5)
+    assert torch.equal(cloned.logits, as_tuple[0])
+    assert torch.equal(loaded.logits, before.logits)
+    assert torch.equal(restored.logits, before.logits)
+    assert torch.equal(restored.loss, before.loss)
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_too_long_names_the_limit(family: str) -> None:
+    model = encoder_fast.patch(zoo.build(family))
+    limit = 38 if "roberta" in family or family == "camembert" else 40
+    ids = torch.full((1, limit + 1), 5, device=DEVICE)
+    with torch.inference_mode(), pytest.raises(ValueError, match=f"limit of {limit} positions"):
+        model(ids)
+    with torch.inference_mode():
+        model(ids[:, 1:])
+
+
+def test_roberta_positions_skip_padding_of_any_length() -> None:
+    """More columns than positions are fine as long as the real tokens fit."""
+    model = zoo.build("roberta", "ForTokenClassification", max_position_embeddings=12)
+    mask = torch.zeros(2, 12, dtype=torch.long, device=DEVICE)
+    mask[0, 2:12], mask[1, 5:9] = 1, 1
+    ids = torch.randint(3, zoo.VOCAB, (2, 12), device=DEVICE)
+    ids[mask == 0] = zoo.PAD
+    report = encoder_fast.check_parity(model, {"input_ids": ids, "attention_mask": mask})
+    assert report.ok, str(report)
+
+
+def test_inputs_embeds_per_family() -> None:
+    for family in zoo.FAMILIES:
+        model = zoo.build(family)
+        call = call_for(family, "Model", "right")
+        ids = call.pop("input_ids")
+        with torch.inference_mode():
+            call["inputs_embeds"] = model.get_input_embeddings()(ids)
+        report = encoder_fast.check_parity(model, call)
+        assert report.ok, f"{family}\n{report}"
+
+
+def test_albert_groups() -> None:
+    with pytest.raises(encoder_fast.UnsupportedModelError, match="inner_group_num=2"):
+        encoder_fast.patch(zoo.build("albert", inner_group_num=2))
+
+
+def test_a_pooler_taken_away() -> None:
+    model = encoder_fast.patch(zoo.build("bert"))
+    with torch.inference_mode():
+        assert model(**inputs()).pooler_output is not None
+        model.pooler = None
+        assert model(**inputs()).pooler_output is None
+    assert encoder_fast.report(model).fast_calls == 2
+
+
+def test_the_error_lists_every_family() -> None:
+    with pytest.raises(encoder_fast.UnsupportedModelError) as error:
+        encoder_fast.patch(torch.nn.Linear(1, 1))
+    for *_, prefix, _ in zoo.FAMILIES.values():
+        assert f"{prefix}Model" in str(error.value)
+        assert hasattr(transformers, f"{prefix}Model")

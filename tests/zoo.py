@@ -1,0 +1,86 @@
+"""A tiny random model of every family, and all the heads that each has."""
+
+import torch
+import transformers
+from berts import DEVICE
+from torch import nn
+
+VOCAB = 97
+PAD = 1  # RoBERTa's, so that positions start at 2
+
+_BERT_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 72,
+    "max_position_embeddings": 40,
+}
+_ROBERTA = {**_BERT_SIZES, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 2}
+
+# family: (config class, sizes, prefix of its classes, heads)
+_TOKEN_AND_TEXT = (
+    "Model",
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+FAMILIES = {
+    "bert": ("BertConfig", _BERT_SIZES, "Bert", (*_TOKEN_AND_TEXT, "ForPreTraining")),
+    "roberta": ("RobertaConfig", _ROBERTA, "Roberta", _TOKEN_AND_TEXT),
+    "xlm_roberta": ("XLMRobertaConfig", _ROBERTA, "XLMRoberta", _TOKEN_AND_TEXT),
+    "camembert": ("CamembertConfig", _ROBERTA, "Camembert", _TOKEN_AND_TEXT),
+    "distilbert": (
+        "DistilBertConfig",
+        {
+            "vocab_size": VOCAB,
+            "dim": 48,
+            "n_layers": 2,
+            "n_heads": 3,
+            "hidden_dim": 72,
+            "max_position_embeddings": 40,
+        },
+        "DistilBert",
+        _TOKEN_AND_TEXT,
+    ),
+    "electra": (
+        "ElectraConfig",
+        {**_BERT_SIZES, "embedding_size": 24},  # narrower, as in the small ones: a projection
+        "Electra",
+        (*_TOKEN_AND_TEXT, "ForPreTraining"),
+    ),
+    "albert": (
+        "AlbertConfig",
+        {**_BERT_SIZES, "embedding_size": 24, "num_hidden_layers": 3, "num_hidden_groups": 2},
+        "Albert",
+        (*_TOKEN_AND_TEXT, "ForPreTraining"),
+    ),
+}
+
+CASES = [(family, head) for family, (*_, heads) in FAMILIES.items() for head in heads]
+
+
+def build(family: str, head: str = "Model", seed: int = 0, **changes: object) -> nn.Module:
+    """A tiny random model in eval mode, its weights large enough for errors to show."""
+    config_class, sizes, prefix, _ = FAMILIES[family]
+    config = getattr(transformers, config_class)(**{**sizes, **changes})
+    torch.manual_seed(seed)
+    model = getattr(transformers, prefix + head)(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "embeddings" not in name:
+                parameter.mul_(5)
+    return model.to(DEVICE)
+
+
+def has_pooled_output(family: str, head: str) -> bool:
+    """Whether the model reads column 0, so that left padding runs the original forward."""
+    if head in ("ForSequenceClassification", "ForMultipleChoice"):
+        return True
+    if head == "ForPreTraining":
+        return family != "electra"
+    return head == "Model" and family in ("bert", "roberta", "xlm_roberta", "camembert", "albert")
