@@ -83,7 +83,7 @@ def encode(
         num_heads = qkv.shape[1] // (3 * layer.head_size)
         q, k, v = qkv.view(batch.total, 3, num_heads, layer.head_size).unbind(1)
         context = attention.operator.run(
-            q, k, v, batch.cu_seqlens, batch.max_seqlen, layer.head_size**-0.5, backend
+            q, k, v, batch.cu_seqlens, batch.max_seqlen, layer.softmax_scale, backend
         )
         attended = linear.run(context.flatten(1), prepared.attention_out, None, backend)
         hidden = _add_norm(layer.attention_norm, attended, hidden, backend)

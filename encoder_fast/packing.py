@@ -95,15 +95,14 @@ def read_mask(mask: Tensor, input_ids: Tensor | None = None, vocab_size: int = 0
         return MaskFacts(0, 0, True, True, True)
     valid = mask != 0
     lengths = valid.sum(dim=1)
-    odd = torch.zeros((), dtype=torch.int64, device=mask.device)
+    parts = [lengths.sum(), lengths.max(), ((lengths > 0) & ~valid[:, 0]).any().long()]
     if mask.dtype != torch.bool:
-        odd = (valid & (mask != 1)).any().long()
-    headless = ((lengths > 0) & ~valid[:, 0]).any().long()
-    outside = torch.zeros_like(odd)
+        parts.append((valid & (mask != 1)).any().long())
     if input_ids is not None:
-        outside = (valid & ((input_ids < 0) | (input_ids >= vocab_size))).any().long()
-    facts = torch.stack([lengths.sum(), lengths.max(), odd, headless, outside]).tolist()
-    return MaskFacts(facts[0], facts[1], not facts[2], not facts[3], not facts[4])
+        parts.append((valid & ((input_ids < 0) | (input_ids >= vocab_size))).any().long())
+    total, longest, headless, *faults = torch.stack(parts).tolist()
+    outside = bool(faults.pop()) if input_ids is not None else False
+    return MaskFacts(total, longest, not any(faults), not headless, not outside)
 
 
 def pack(mask: Tensor, facts: MaskFacts | None = None) -> PackedBatch:
@@ -165,15 +164,15 @@ def pack_lengths(
     padded = longest if padded_length is None else padded_length
     if longest > padded or min(lengths, default=0) < 0:
         raise ValueError(f"lengths must lie in [0, {padded}], got {list(lengths)}")
-    host = torch.tensor(lengths, dtype=torch.int64)
+    host = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     total = int(host.sum())
     if total == len(lengths) * padded:
         return pack_full(len(lengths), padded, device)
     ends = host.cumsum(0)
     cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
     # token i of sequence b sits at b * S + (i - start of b)
-    row_shift = torch.arange(len(lengths)) * padded - (ends - host)
-    indices = torch.arange(total) + torch.repeat_interleave(row_shift, host)
+    row_shift = torch.arange(len(lengths), device="cpu") * padded - (ends - host)
+    indices = torch.arange(total, device="cpu") + torch.repeat_interleave(row_shift, host)
     return PackedBatch(
         cu_seqlens.to(device, non_blocking=True),
         longest,

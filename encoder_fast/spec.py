@@ -36,16 +36,21 @@ class EmbeddingSpec:
     def max_positions(self) -> int:
         """The longest sequence that the position table can serve."""
         first = 0 if self.position_padding_idx is None else self.position_padding_idx + 1
-        return self.position.num_embeddings - first
+        return self.position.weight.shape[0] - first
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One post-norm encoder layer."""
+    """One post-norm encoder layer.
+
+    Attributes:
+        attention: the module that holds the projections, for what it says of its own scale.
+    """
 
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
+    attention: nn.Module
     head_size: int
     attention_out: nn.Linear
     attention_norm: nn.LayerNorm
@@ -53,6 +58,11 @@ class LayerSpec:
     activation: Activation
     ffn_out: nn.Linear
     ffn_norm: nn.LayerNorm
+
+    @property
+    def softmax_scale(self) -> float:
+        """The attention module's own ``scaling``, where it has one."""
+        return self.attention.__dict__.get("scaling", self.head_size**-0.5)
 
 
 @dataclass(frozen=True, slots=True)

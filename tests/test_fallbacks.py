@@ -1,5 +1,6 @@
 """Nothing silent: what can't run fast runs the original, and is counted with its reason."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -64,9 +65,58 @@ def foreign_weight(model: nn.Module) -> None:
     dense.weight = Quantised(dense.weight.detach())
 
 
+def causal_module(model: nn.Module) -> None:
+    model.encoder.layer[0].attention.self.is_causal = True
+
+
+def causal_config(model: nn.Module) -> None:
+    model.config.is_causal = True
+
+
+def own_attention(model: nn.Module) -> None:
+    # never called: sdpa classes of transformers 4 don't look at it
+    model.config._attn_implementation = "somebody's own"
+
+
+def own_positions(model: nn.Module) -> None:
+    model.embeddings.position_ids.add_(3)
+
+
+def own_token_types(model: nn.Module) -> None:
+    model.embeddings.token_type_ids.fill_(1)
+
+
+def own_pooler(model: nn.Module) -> None:
+    class Mean(nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden.mean(dim=1)
+
+    model.pooler = Mean().eval()
+
+
+def weight_as_attribute(model: nn.Module) -> None:
+    dense = model.encoder.layer[0].output.dense
+    weight = dense.weight.detach()
+    del dense.weight
+    dense.weight = weight
+
+
+def replica(model: nn.Module) -> None:
+    model._is_replica = True
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (causal_module, "a causal attention module"),
+        pytest.param(
+            causal_config, "is_causal", marks=pytest.mark.skipif(not TRANSFORMERS_5, reason="5.x")
+        ),
+        (own_positions, "position_ids does not count from 0"),
+        (own_token_types, "token_type_ids is not all zeros"),
+        (own_pooler, "Mean stands where BertPooler is expected"),
+        (weight_as_attribute, "a Linear whose weight is no parameter"),
+        (replica, "a replica of nn.DataParallel"),
         (hook, "a hook on BertAttention"),
         (pre_hook, "a hook on BertEmbeddings"),
         (adapter, "LowRank stands where Linear is expected"),
@@ -108,7 +158,7 @@ def mask_for_each_query(call: dict) -> dict:
             "argument encoder_hidden_states",
         ),
         (lambda call: {**call, "is_causal": False}, "argument is_causal"),
-        (mask_for_each_query, "attention_mask of shape (4, "),
+        (mask_for_each_query, "attention_mask of "),
         (
             lambda call: {**call, "attention_mask": call["attention_mask"] * 0.5},
             "values other than 0 and 1",
@@ -119,7 +169,7 @@ def mask_for_each_query(call: dict) -> dict:
         ),
         (
             lambda call: {**call, "position_ids": torch.arange(21, device=DEVICE)},
-            "position_ids of shape (21,)",
+            "position_ids of 1 dimensions",
         ),
     ],
 )
@@ -139,6 +189,77 @@ def test_arguments(change: Callable[[dict], dict], reason: str) -> None:
             assert torch.equal(ours, theirs)
     with pytest.raises(encoder_fast.FallbackError, match="strict=True"), torch.inference_mode():
         encoder_fast.patch(model, strict=True)(**call)
+
+
+def test_an_attention_function_of_the_users_own() -> None:
+    model, call = encoder_fast.patch(tiny()), inputs()
+    own_attention(model)
+    with pytest.raises(encoder_fast.FallbackError, match="somebody's own"), torch.inference_mode():
+        encoder_fast.patch(model, strict=True)(**call)
+
+
+def test_a_class_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After patching, before it, on the model's class and on a layer's: always the replacement."""
+    import functools
+
+    def doubled(cls: type) -> None:
+        original = cls.forward
+
+        @functools.wraps(original)
+        def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
+            output = original(self, *args, **kwargs)
+            return output * 2 if isinstance(output, torch.Tensor) else output
+
+        monkeypatch.setattr(cls, "forward", forward)
+
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.inference_mode():
+        before = model(**call)[0]
+        doubled(type(model.encoder.layer[0].output))
+        after = model(**call)[0]
+        assert not torch.equal(before, after)
+        assert torch.equal(after, encoder_fast.unpatch(copy.deepcopy(model))(**call)[0])
+        with pytest.raises(encoder_fast.UnsupportedModelError, match="BertOutput was replaced"):
+            encoder_fast.patch(tiny())
+        doubled(transformers.BertModel)
+        model(**call)
+    assert "the forward of BertModel was replaced" in encoder_fast.report(model).fallbacks
+    with pytest.raises(encoder_fast.UnsupportedModelError):
+        encoder_fast.patch(tiny())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_forward_mode_autograd() -> None:
+    model = tiny().requires_grad_(False)
+    model.set_attn_implementation("eager")  # SDPA has no forward-mode formula
+    x, t = torch.randn(2, 2, 5, 48, device=DEVICE)
+
+    def run(embeds: torch.Tensor) -> torch.Tensor:
+        return model(inputs_embeds=embeds)[0]
+
+    _, expected = torch.func.jvp(run, (x,), (t,))
+    encoder_fast.patch(model)
+    _, tangent = torch.func.jvp(run, (x,), (t,))
+    assert torch.equal(tangent, expected)
+
+
+def test_a_tensor_that_is_not_plain() -> None:
+    class Wrapped(torch.Tensor):
+        pass
+
+    model, call = encoder_fast.patch(tiny()), inputs()
+    with torch.inference_mode():
+        model(call["input_ids"].as_subclass(Wrapped), call["attention_mask"])
+    assert encoder_fast.report(model).fallbacks == {"input_ids is a Wrapped, not a plain tensor": 1}
+
+
+def test_reasons_are_few() -> None:
+    model = encoder_fast.patch(tiny())
+    with torch.inference_mode():
+        for length in range(14, 20):
+            call = mask_for_each_query(inputs(length=length))
+            model(**call)
+    assert len(encoder_fast.report(model).fallbacks) == 1
 
 
 def test_attentions_are_those_of_the_original_and_leave_no_trace() -> None:

@@ -55,6 +55,49 @@ def test_base_size(dtype: str) -> None:
     assert report.ok, str(report)
 
 
+class Scaled(torch.nn.GELU):
+    """A user's activation that is a GELU by inheritance only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 1.5
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        pytest.param(Scaled(), id="subclass"),
+        pytest.param(type("ReLU", (torch.nn.Tanh,), {})(), id="a-name-that-lies"),
+        # across the inner features: it must see all of them at once
+        pytest.param(torch.nn.Softmax(dim=-1), id="softmax"),
+    ],
+)
+def test_activations_of_the_users_own(activation: torch.nn.Module) -> None:
+    model = tiny(intermediate_size=1600)
+    for layer in model.encoder.layer:
+        layer.intermediate.intermediate_act_fn = activation.eval()
+    report = encoder_fast.check_parity(model, inputs())
+    assert report.ok, str(report)
+
+
+def test_scaling_of_the_models_own() -> None:
+    model = encoder_fast.patch(tiny())
+    attention = model.encoder.layer[0].attention.self
+    if not hasattr(attention, "scaling"):
+        pytest.skip("transformers 4 computes the scale in the forward")
+    attention.scaling = 0.01
+    report = encoder_fast.check_parity(model, inputs())
+    assert report.ok, str(report)
+
+
+def test_nan_weights_come_out_as_nan() -> None:
+    for act in ("gelu", "relu"):
+        model = encoder_fast.patch(tiny(hidden_act=act))
+        with torch.inference_mode():
+            model(**inputs())
+            model.encoder.layer[0].intermediate.dense.weight[3, 3] = float("nan")
+            assert model(**inputs())[0][0].isnan().all()
+
+
 def test_lengths_around_tile_edges() -> None:
     model = tiny(max_position_embeddings=600)
     for length in (1, 15, 16, 17, 63, 64, 65, 127, 129):

@@ -93,6 +93,26 @@ def test_patched_restores_what_was_there() -> None:
     assert encoder_fast.report(model).encoders[0].backend == "reference"
 
 
+def test_patched_restores_a_part_that_was_replaced_meanwhile() -> None:
+    model = tiny("BertForTokenClassification")
+    first = model.bert
+    with encoder_fast.patched(model):
+        model.bert = tiny(seed=1)
+    assert type(first) is transformers.BertModel
+    assert encoder_fast.report(first).encoders == ()
+
+
+def test_unpatch_leaves_a_class_put_on_top() -> None:
+    model = encoder_fast.patch(tiny())
+    on_top = type("OnTop", (type(model),), {})
+    model.__class__ = on_top
+    before = run(model)
+    encoder_fast.unpatch(model)
+    assert type(model) is on_top
+    assert agree(run(model), before)
+    assert encoder_fast.report(model).encoders == ()
+
+
 def test_patching_again_replaces_the_options() -> None:
     model = encoder_fast.patch(encoder_fast.patch(tiny()), "reference", strict=True)
     run(model)
@@ -153,6 +173,17 @@ def test_deepcopy_is_patched_and_independent() -> None:
     assert encoder_fast.report(clone).fast_calls == 1
     assert type(encoder_fast.unpatch(clone)) is transformers.BertModel
     assert encoder_fast.report(model).fast_calls == 2
+
+
+def test_a_compiled_model_copies_and_pickles() -> None:
+    model = encoder_fast.patch(tiny())
+    model.compile(backend="eager")
+    clone = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in clone.parameters():
+            parameter.zero_()
+    assert run(clone).abs().max() == 0
+    assert agree(run(pickle.loads(pickle.dumps(model))), run(model))
 
 
 def test_shallow_copy_gives_right_results() -> None:
@@ -224,11 +255,26 @@ class OwnForward(transformers.BertModel):
         return output
 
 
+class OwnMask(transformers.BertModel):
+    """A user's subclass that changes what the forward calls."""
+
+    def get_extended_attention_mask(self, *args: object, **kwargs: object) -> object:
+        return super().get_extended_attention_mask(*args, **kwargs) * 0
+
+
 class OwnMethods(transformers.BertModel):
     """A user's subclass that leaves the forward alone."""
 
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.extra = 1
+
+    def embed(self) -> None: ...
+
 
 def test_subclasses() -> None:
+    with pytest.raises(encoder_fast.UnsupportedModelError, match="BertModel"):
+        encoder_fast.patch(OwnMask(config()))
     with pytest.raises(encoder_fast.UnsupportedModelError, match="BertModel"):
         encoder_fast.patch(OwnForward(config()))
     model = encoder_fast.patch(OwnMethods(config()).eval().to(DEVICE))
@@ -300,6 +346,14 @@ def test_head_sizes_the_kernels_lack_are_refused(monkeypatch: pytest.MonkeyPatch
     model = tiny(hidden_size=10, num_attention_heads=2)
     with pytest.raises(encoder_fast.UnsupportedModelError, match=r"head sizes .*got 5"):
         encoder_fast.patch(model, "triton")
+
+
+def test_a_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(encoder_fast.BackendUnavailableError, match="triton is not installed"):
+        encoder_fast.patch(tiny(), "triton")
 
 
 def test_not_a_model() -> None:

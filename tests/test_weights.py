@@ -111,16 +111,46 @@ def test_tables_and_norms_are_live(path: str) -> None:
     assert report.ok, str(report)
 
 
-def test_one_element_changed_unseen_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sum over all bytes is taken from THOROUGH_TOKENS on, and sees a single element."""
-    monkeypatch.setattr(weights, "THOROUGH_TOKENS", 8)
-    model, call = encoder_fast.patch(tiny()), inputs()
+def one_element(weight: torch.Tensor) -> None:
+    weight.data[5, 7] = 4.0
+
+
+def one_row(weight: torch.Tensor) -> None:
+    weight.data[5] = 3.0
+
+
+def exchanged_rows(weight: torch.Tensor) -> None:
+    """The sum of all bytes stays the same."""
+    weight.data[[7, 8]] = weight.data[[8, 7]].clone()
+
+
+def exchanged_columns(weight: torch.Tensor) -> None:
+    weight.data[:, [7, 8]] = weight.data[:, [8, 7]].clone()
+
+
+@pytest.mark.parametrize("edit", [one_element, one_row, exchanged_rows, exchanged_columns])
+@pytest.mark.parametrize("path", LINEARS)
+def test_a_part_changed_unseen_by_autograd(path: str, edit: Callable[[torch.Tensor], None]) -> None:
+    """It takes effect at the latest once FULL_LOOK_TOKENS more tokens have run."""
+    model, call = encoder_fast.patch(tiny(max_position_embeddings=600)), inputs()
+    filler = torch.zeros(1, weights.FULL_LOOK_TOKENS, dtype=torch.long, device=DEVICE)
     with torch.no_grad():
         model(**call)
-        for index in range(48):
-            model.encoder.layer[0].intermediate.dense.weight.data[index, index] = 4.0
-            report = encoder_fast.check_parity(model, call)
-            assert report.ok, f"element {index}\n{report}"
+        edit(model.encoder.layer[1].get_submodule(path).weight)
+        model(filler)
+    report = encoder_fast.check_parity(model, call)
+    assert report.ok, str(report)
+
+
+def test_every_single_element_is_in_the_checksum() -> None:
+    weight = torch.randn(37, 29)
+    known = weights._checksum([weight])
+    for index in range(weight.numel()):
+        before = weight.view(-1)[index].item()
+        weight.view(-1)[index] = before + 1e-3
+        assert weights._checksum([weight]) != known
+        weight.view(-1)[index] = before
+    assert weights._checksum([weight]) == known
 
 
 def test_head_pruning_between_calls() -> None:

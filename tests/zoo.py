@@ -83,4 +83,4 @@ def has_pooled_output(family: str, head: str) -> bool:
         return True
     if head == "ForPreTraining":
         return family != "electra"
-    return head == "Model" and family in ("bert", "roberta", "xlm_roberta", "camembert", "albert")
+    return head == "Model"  # whoever holds it may pool column 0

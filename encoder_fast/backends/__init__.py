@@ -21,15 +21,9 @@ _loaded: dict[str, ModuleType] = {}
 
 
 def load(name: str) -> ModuleType:
-    """The module of a backend.
-
-    Raises:
-        ValueError: there is no backend of that name.
-    """
+    """The module of a backend whose name :func:`resolve` has let pass."""
     module = _loaded.get(name)
     if module is None:
-        if name not in NAMES:
-            raise ValueError(f"backend must be 'auto' or one of {NAMES}, got {name!r}")
         module = _loaded[name] = importlib.import_module(f"encoder_fast.backends.{name}")
     return module
 
@@ -67,7 +61,8 @@ def resolve(name: str, device: torch.device) -> tuple[str, str]:
         BackendUnavailableError: the backend asked for can't run there, or ``auto`` finds none.
     """
     if name != "auto":
-        load(name)
+        if name not in NAMES:
+            raise ValueError(f"backend must be 'auto' or one of {NAMES}, got {name!r}")
         reason = why_not(name, device)
         if reason is not None:
             raise BackendUnavailableError(reason)

@@ -1,17 +1,28 @@
-"""What the backends share of a linear: its prepared form, stacking, and the activations."""
+"""What the backends share of a linear: its prepared form, stacking, the activations, and the plain
+PyTorch that serves wherever a backend has nothing better."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Activation = str | Callable[[Tensor], Tensor]
-"""``"gelu"`` (erf), ``"gelu_tanh"`` or ``"relu"``, fused into the linear where a backend can; or
-the model's own activation, called on the linear's output."""
+"""One of ``ACTIVATIONS``, fused into the linear where a backend can; or the model's own
+activation, called on the linear's output."""
+
+_BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+ACTIVATIONS = tuple(_BY_NAME)
+"""``gelu`` is the erf form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +73,35 @@ def activate(x: Tensor, activation: Activation | None) -> Tensor:
     """Apply a named activation, or the model's own."""
     if activation is None:
         return x
-    if activation == "gelu":
-        return F.gelu(x)
-    if activation == "gelu_tanh":
-        return F.gelu(x, approximate="tanh")
-    if activation == "relu":
-        return F.relu(x)
-    if callable(activation):
-        return activation(x)
-    raise ValueError(
-        f"activation must be 'gelu', 'gelu_tanh', 'relu' or callable, got {activation!r}"
-    )
+    return _BY_NAME[activation](x) if isinstance(activation, str) else activation(x)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    return activate(F.linear(x, weight, bias), activation)
+
+
+def prepare_linear(weights: list[Tensor], biases: list[Tensor | None]) -> PreparedLinear:
+    weight, bias = stack_linears(weights, biases)
+    return PreparedLinear(weight, bias, weight.dtype)
+
+
+def linear_prepared(x: Tensor, prepared: PreparedLinear, activation: Activation | None) -> Tensor:
+    return activate(F.linear(x, prepared.weight, prepared.bias), activation)
+
+
+def prepare_feed_forward(
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    elementwise: bool,
+) -> PreparedFeedForward:
+    both = prepare_linear([w_in], [b_in]), prepare_linear([w_out], [b_out])
+    return PreparedFeedForward((both,))
+
+
+def feed_forward_prepared(
+    x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
+) -> Tensor:
+    ((w_in, w_out),) = prepared.slices
+    return linear_prepared(linear_prepared(x, w_in, activation), w_out, None)

@@ -13,12 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoder_fast.backends.linears import (
-    Activation,
-    PreparedFeedForward,
-    PreparedLinear,
-    activate,
-    stack_linears,
+    feed_forward_prepared,
+    linear,
+    linear_prepared,
+    prepare_feed_forward,
+    prepare_linear,
 )
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "embed_layer_norm",
+    "feed_forward_prepared",
+    "linear",
+    "linear_prepared",
+    "pool",
+    "prepare_feed_forward",
+    "prepare_linear",
+]
 
 HEAD_SIZES: frozenset[int] | None = None
 MAX_WIDTH: int | None = None
@@ -81,29 +93,17 @@ def embed_layer_norm(
     return add_layer_norm(total, None, weight, bias, eps, None).to(word.dtype)
 
 
-def prepare_linear(weights: list[Tensor], biases: list[Tensor | None]) -> PreparedLinear:
-    weight, bias = stack_linears(weights, biases)
-    return PreparedLinear(weight, bias, weight.dtype)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    return activate(F.linear(x, weight, bias), activation)
-
-
-def linear_prepared(x: Tensor, prepared: PreparedLinear, activation: Activation | None) -> Tensor:
-    return activate(F.linear(x, prepared.weight, prepared.bias), activation)
-
-
-def prepare_feed_forward(
-    w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None
-) -> PreparedFeedForward:
-    return PreparedFeedForward(
-        ((prepare_linear([w_in], [b_in]), prepare_linear([w_out], [b_out])),)
-    )
-
-
-def feed_forward_prepared(
-    x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
-) -> Tensor:
-    ((w_in, w_out),) = prepared.slices
-    return linear_prepared(linear_prepared(x, w_in, activation), w_out, None)
+def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
+    wide = _wide(x)
+    out = wide.new_zeros(cu_seqlens.shape[0] - 1, x.shape[1])
+    for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        tokens = wide[start:stop]
+        if start == stop:
+            continue
+        if mode == "cls":
+            out[row] = tokens[0]
+        elif mode == "mean":
+            out[row] = tokens.mean(dim=0)
+        else:
+            out[row] = tokens.amax(dim=0)
+    return out

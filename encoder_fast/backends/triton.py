@@ -6,19 +6,30 @@ Runs on CPU tensors too where Triton interprets its kernels (``TRITON_INTERPRET=
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from encoder_fast.backends.linears import (
-    Activation,
-    PreparedFeedForward,
-    PreparedLinear,
-    activate,
-    stack_linears,
+    feed_forward_prepared,
+    linear,
+    linear_prepared,
+    prepare_feed_forward,
+    prepare_linear,
 )
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "embed_layer_norm",
+    "feed_forward_prepared",
+    "linear",
+    "linear_prepared",
+    "pool",
+    "prepare_feed_forward",
+    "prepare_linear",
+]
 
 HEAD_SIZES: frozenset[int] | None = frozenset({16, 32, 64, 96, 128})
 MAX_WIDTH: int | None = 8192
@@ -58,29 +69,15 @@ def embed_layer_norm(
     )
 
 
-def prepare_linear(weights: list[Tensor], biases: list[Tensor | None]) -> PreparedLinear:
-    weight, bias = stack_linears(weights, biases)
-    return PreparedLinear(weight, bias, weight.dtype)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    return activate(F.linear(x, weight, bias), activation)
-
-
-def linear_prepared(x: Tensor, prepared: PreparedLinear, activation: Activation | None) -> Tensor:
-    return activate(F.linear(x, prepared.weight, prepared.bias), activation)
-
-
-def prepare_feed_forward(
-    w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None
-) -> PreparedFeedForward:
-    return PreparedFeedForward(
-        ((prepare_linear([w_in], [b_in]), prepare_linear([w_out], [b_out])),)
-    )
-
-
-def feed_forward_prepared(
-    x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
-) -> Tensor:
-    ((w_in, w_out),) = prepared.slices
-    return linear_prepared(linear_prepared(x, w_in, activation), w_out, None)
+def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
+    # PyTorch's own segment kernels: no atomics, so the same batch gives the same bits.
+    lengths = cu_seqlens.diff().unsqueeze(1)
+    if x.shape[0] == 0:
+        return x.new_zeros(lengths.shape[0], x.shape[1], dtype=torch.float32)
+    if mode == "cls":
+        first = cu_seqlens[:-1].clamp(max=x.shape[0] - 1)
+        pooled = x.index_select(0, first).float()
+    else:
+        # unsafe=True leaves out a check of the offsets that would wait for the device
+        pooled = torch.segment_reduce(x.float(), mode, offsets=cu_seqlens, axis=0, unsafe=True)
+    return pooled.masked_fill_(lengths == 0, 0.0)

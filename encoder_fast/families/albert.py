@@ -8,7 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from encoder_fast.errors import UnsupportedModelError
-from encoder_fast.families.bert_layout import check_absolute_positions, read_embeddings
+from encoder_fast.families.bert_layout import (
+    check_absolute_positions,
+    check_pooler,
+    read_embeddings,
+)
 from encoder_fast.families.family import (
     Family,
     expect,
@@ -23,6 +27,7 @@ def read(model: Any) -> EncoderSpec:
     """Read an ``AlbertModel``."""
     config = model.config
     check_absolute_positions(config)
+    check_pooler(model, "Linear")
     encoder = expect(model.encoder, "AlbertTransformer")
     layers = [_read_group(group) for group in encoder.albert_layer_groups]
     passes = config.num_hidden_layers
@@ -49,6 +54,7 @@ def _read_group(group: Any) -> LayerSpec:
         query=expect_linear(attention.query),
         key=expect_linear(attention.key),
         value=expect_linear(attention.value),
+        attention=attention,
         head_size=attention.attention_head_size,
         attention_out=expect_linear(attention.dense),
         attention_norm=expect_layer_norm(attention.LayerNorm),

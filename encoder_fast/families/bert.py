@@ -9,6 +9,7 @@ from typing import Any
 
 from encoder_fast.families.bert_layout import (
     check_absolute_positions,
+    check_pooler,
     read_embeddings,
     read_layers,
 )
@@ -19,6 +20,7 @@ from encoder_fast.spec import EncoderSpec
 def read(model: Any) -> EncoderSpec:
     """Read a ``BertModel``."""
     check_absolute_positions(model.config)
+    check_pooler(model, "BertPooler")
     return EncoderSpec(
         embeddings=read_embeddings(model.embeddings, "BertEmbeddings"),
         layers=read_layers(model.encoder, "Bert"),

@@ -11,6 +11,7 @@ from typing import Any
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families.family import (
     expect,
+    expect_default_ids,
     expect_embedding,
     expect_layer_norm,
     expect_linear,
@@ -35,6 +36,8 @@ def read_embeddings(
 ) -> EmbeddingSpec:
     """Embeddings of class ``name``: word, position and token type, then LayerNorm."""
     expect(embeddings, name)
+    if position_padding_idx is None:
+        expect_default_ids(embeddings)
     return EmbeddingSpec(
         word=expect_embedding(embeddings.word_embeddings),
         position=expect_embedding(embeddings.position_embeddings),
@@ -51,6 +54,12 @@ def read_layers(encoder: Any, prefix: str) -> tuple[LayerSpec, ...]:
     return tuple(_read_layer(layer, prefix) for layer in encoder.layer)
 
 
+def check_pooler(model: Any, name: str) -> None:
+    """Refuse a pooler of any class but ``name``: what it reads of padded columns is not known."""
+    if model.pooler is not None:
+        expect(model.pooler, name)
+
+
 def _read_layer(layer: Any, prefix: str) -> LayerSpec:
     expect(layer, f"{prefix}Layer")
     expect(layer.attention, f"{prefix}Attention")
@@ -62,6 +71,7 @@ def _read_layer(layer: Any, prefix: str) -> LayerSpec:
         query=expect_linear(attention.query),
         key=expect_linear(attention.key),
         value=expect_linear(attention.value),
+        attention=attention,
         head_size=attention.attention_head_size,
         attention_out=expect_linear(attention_out.dense),
         attention_norm=expect_layer_norm(attention_out.LayerNorm),

@@ -8,6 +8,7 @@ from typing import Any
 from encoder_fast.families.family import (
     Family,
     expect,
+    expect_default_ids,
     expect_embedding,
     expect_layer_norm,
     expect_linear,
@@ -19,6 +20,7 @@ from encoder_fast.spec import EmbeddingSpec, EncoderSpec, LayerSpec
 def read(model: Any) -> EncoderSpec:
     """Read a ``DistilBertModel``."""
     embeddings = expect(model.embeddings, "Embeddings")
+    expect_default_ids(embeddings)
     transformer = expect(model.transformer, "Transformer")
     return EncoderSpec(
         embeddings=EmbeddingSpec(
@@ -44,6 +46,7 @@ def _read_layer(layer: Any) -> LayerSpec:
         query=expect_linear(attention.q_lin),
         key=expect_linear(attention.k_lin),
         value=expect_linear(attention.v_lin),
+        attention=attention,
         head_size=attention.attention_head_size,
         attention_out=expect_linear(attention.out_lin),
         attention_norm=expect_layer_norm(layer.sa_layer_norm),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from encoder_fast.errors import UnsupportedModelError
@@ -27,12 +29,12 @@ class Family:
         class_names: the classes of bare encoders, by name: looking for a model never imports one.
         output_class: the name of the output class in ``transformers.modeling_outputs``.
         stack: the children of the model that the engine takes over, where it has them.
+        read: from a model of this family to its spec; raises :class:`UnsupportedModelError` with
+            the reason where this particular model can't run fast.
         pool: from a model that has a pooler, and its last hidden state ``(B, S, N)``, to the pooled
             output. It calls the model's own modules, so that their hooks run.
         first_token_heads: the classes of models with a head that reads column 0 of the hidden
             states itself, past any pooler.
-        read: from a model of this family to its spec; raises :class:`UnsupportedModelError` with
-            the reason where this particular model can't run fast.
     """
 
     name: str
@@ -45,28 +47,91 @@ class Family:
     first_token_heads: tuple[str, ...] = ()
 
     def matches(self, cls: Any) -> bool:
-        """Whether ``cls`` is one of this family's classes, or a subclass that keeps its forward."""
-        for base in cls.__mro__:
+        """Whether ``cls`` is one of this family's classes, or a subclass that keeps its methods."""
+        for depth, base in enumerate(cls.__mro__):
             if base.__module__ == self.module and base.__name__ in self.class_names:
-                return cls.forward is base.forward
+                methods = set(vars(base)) | _MASK_METHODS
+                return is_library_code(cls.forward) and not any(
+                    name in methods and inspect.isfunction(value) and name != "__init__"
+                    for subclass in cls.__mro__[:depth]
+                    for name, value in vars(subclass).items()
+                )
         return False
+
+    def is_token_level(self, parent: nn.Module) -> bool:
+        """Whether ``parent`` is a model of this family whose head never pools column 0."""
+        cls: Any = type(parent)
+        heads = [base for base in cls.__mro__ if base.__module__ == self.module]
+        return (
+            bool(heads)
+            and is_library_code(cls.forward)
+            and not any(base.__name__ in self.first_token_heads for base in heads)
+        )
+
+
+# What a BERT-like forward calls on itself, beside the methods that its own class defines.
+_MASK_METHODS = {
+    "__call__",
+    "_call_impl",
+    "create_extended_attention_mask_for_decoder",
+    "get_extended_attention_mask",
+    "get_head_mask",
+    "invert_attention_mask",
+}
+
+_LIBRARIES = ("transformers.", "torch.nn.")
+
+
+def is_library_code(function: Any) -> bool:
+    """Whether a function is one of transformers or PyTorch, and not a user's in its place.
+
+    Goes by the module that the code was compiled in: ``functools.wraps`` copies a function's name
+    and ``__module__`` to whatever replaces it, but not that.
+    """
+    return getattr(function, "__globals__", {}).get("__name__", "").startswith(_LIBRARIES)
+
+
+def facts(model: Any) -> tuple:
+    """What a spec was read from beside the modules of the stack: cheap to compare at each call."""
+    config, pooler = model.config, getattr(model, "pooler", None)
+    return (
+        getattr(config, "num_hidden_layers", None),
+        getattr(config, "position_embedding_type", None),
+        type(pooler),
+        *(
+            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
+            for buffer in model.embeddings._buffers.values()
+            if buffer is not None
+        ),
+    )
 
 
 def expect(module: nn.Module, *names: str) -> nn.Module:
-    """``module`` if its class is exactly one of ``names``; the engine knows no other arithmetic.
+    """``module`` if its class is one of ``names``; the engine knows no other arithmetic.
 
     A subclass would do, say, low-rank adaptation or quantisation, and reading its ``weight`` would
     silently give other numbers.
     """
-    cls = type(module)
-    homes = ("transformers.models.", "torch.nn.modules.")
-    if not cls.__module__.startswith(homes) or cls.__name__ not in names:
+    cls: Any = type(module)
+    if not cls.__module__.startswith(_LIBRARIES) or cls.__name__ not in names:
         raise UnsupportedModelError(
             f"a {cls.__module__}.{cls.__name__} stands where {' or '.join(names)} is expected"
         )
-    if not cls.forward.__module__.startswith(homes) or "forward" in module.__dict__:
+    if not is_library_code(cls.forward) or "forward" in module.__dict__:
         raise UnsupportedModelError(f"the forward of {cls.__name__} was replaced")
     return module
+
+
+def expect_default_ids(embeddings: nn.Module) -> None:
+    """Refuse embeddings whose default positions or token types are not the usual ones."""
+    positions = embeddings._buffers.get("position_ids")
+    types = embeddings._buffers.get("token_type_ids")
+    if positions is not None and not positions.is_meta:
+        usual = torch.arange(positions.shape[-1], device=positions.device)
+        if not torch.equal(positions.reshape(-1), usual.to(positions.dtype)):
+            raise UnsupportedModelError("the buffer position_ids does not count from 0")
+    if types is not None and not types.is_meta and bool(types.any()):
+        raise UnsupportedModelError("the buffer token_type_ids is not all zeros")
 
 
 def expect_linear(module: nn.Module) -> nn.Linear:
@@ -91,16 +156,20 @@ def expect_embedding(module: nn.Module) -> nn.Embedding:
     return module
 
 
-def read_activation(act: Callable) -> Activation:
+def read_activation(act: Any) -> Activation:
     """The name of an activation that can be fused, or the model's own callable."""
-    if isinstance(act, nn.GELU):
+    cls = type(act)
+    if cls is nn.GELU:
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    name = type(act).__name__ if isinstance(act, nn.Module) else ""
+    if cls is nn.ReLU:
+        return "relu"
+    # By class and home: a user's class of the same name is another function.
+    if cls.__module__ != "transformers.activations" or not is_library_code(cls.forward):
+        return act
     fused = {
         "GELUActivation": "gelu",
         "GELUTanh": "gelu_tanh",
         "PytorchGELUTanh": "gelu_tanh",
         "NewGELUActivation": "gelu_tanh",
-        "ReLU": "relu",
     }
-    return fused.get(name, act)
+    return fused.get(cls.__name__, act)

@@ -11,6 +11,7 @@ from typing import Any
 
 from encoder_fast.families.bert_layout import (
     check_absolute_positions,
+    check_pooler,
     read_embeddings,
     read_layers,
 )
@@ -21,6 +22,7 @@ from encoder_fast.spec import EncoderSpec
 def read(model: Any, prefix: str) -> EncoderSpec:
     """Read a ``<prefix>Model``."""
     check_absolute_positions(model.config)
+    check_pooler(model, f"{prefix}Pooler")
     embeddings = model.embeddings
     return EncoderSpec(
         embeddings=read_embeddings(

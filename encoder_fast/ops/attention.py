@@ -28,9 +28,9 @@ def attention(
     Args:
         q, k, v: ``(total, H, D)``, float16, bfloat16 or float32 (float64 too on ``reference``); any
             strides with the last one 1, so views of one ``(total, 3, H, D)`` projection are fine.
-        cu_seqlens: int32 ``(B + 1,)`` on the same device; sequence ``b`` is tokens
-            ``cu_seqlens[b]:cu_seqlens[b + 1]``. Tokens after the last one belong to no sequence;
-            their rows come back as zeros.
+        cu_seqlens: int32 ``(B + 1,)`` on the same device, from 0 on, not falling; sequence ``b``
+            is tokens ``cu_seqlens[b]:cu_seqlens[b + 1]``. Tokens after the last one belong to no
+            sequence; their rows come back as zeros.
         max_seqlen: the longest sequence, or more.
         softmax_scale: positive; ``D ** -0.5`` where it is ``None``.
         backend: ``auto``, or a backend by name, which runs or raises.

@@ -9,8 +9,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from encoder_fast.backends import load, resolve
-from encoder_fast.backends.linears import Activation, PreparedFeedForward, PreparedLinear
+from encoder_fast.backends.linears import (
+    ACTIVATIONS,
+    Activation,
+    PreparedFeedForward,
+    PreparedLinear,
+)
 from encoder_fast.ops._library import Operator, check_dtype, forbid_grad
+from encoder_fast.ops.add_layer_norm import check_vector
 
 __all__ = [
     "Activation",
@@ -23,8 +29,6 @@ __all__ = [
     "run",
     "run_feed_forward",
 ]
-
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 
 
 def linear(
@@ -40,7 +44,7 @@ def linear(
     Args:
         x: ``(M, K)``, float16, bfloat16 or float32.
         weight: ``(N, K)`` in x's dtype.
-        bias: ``(N,)`` or ``None``.
+        bias: ``(N,)``, contiguous, or ``None``.
         activation: ``None``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"relu"``.
         backend: ``auto``, or a backend by name, which runs or raises.
 
@@ -55,8 +59,7 @@ def linear(
         raise ValueError(
             f"x (M, K) and weight (N, K) don't fit: {tuple(x.shape)}, {tuple(weight.shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_vector("bias", bias, weight.shape[0], x.device)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {ACTIVATIONS}, got {activation!r}")
     for name, term in (("weight", weight), ("bias", bias)):
@@ -85,10 +88,19 @@ def run(x: Tensor, prepared: PreparedLinear, activation: Activation | None, back
 
 
 def prepare_feed_forward(
-    w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None, backend: str
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: Activation,
+    backend: str,
 ) -> PreparedFeedForward:
-    """The two linears of a feed-forward block in the form the backend wants; see ``prepare``."""
-    return load(backend).prepare_feed_forward(w_in, b_in, w_out, b_out)
+    """The two linears of a feed-forward block in the form the backend wants; see ``prepare``.
+
+    Only a named activation is known to work element by element, so that the block may be sliced.
+    """
+    elementwise = isinstance(activation, str)
+    return load(backend).prepare_feed_forward(w_in, b_in, w_out, b_out, elementwise)
 
 
 def run_feed_forward(

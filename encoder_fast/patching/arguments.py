@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoder_fast.errors import NotFastError
 
@@ -23,6 +23,14 @@ class Arguments:
     position_ids: Tensor | None
     output_hidden_states: bool
     return_dict: bool
+
+    @property
+    def source(self) -> Tensor:
+        """The one of ``input_ids`` and ``inputs_embeds`` that was given."""
+        source = self.inputs_embeds if self.input_ids is None else self.input_ids
+        if source is None:
+            raise NotFastError("not exactly one of input_ids and inputs_embeds")
+        return source
 
 
 @lru_cache(maxsize=256)
@@ -54,8 +62,9 @@ def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -
             raise NotFastError(f"argument {name}")
     for name in _TENSORS:
         value = given.get(name)
-        if value is not None and not isinstance(value, Tensor):
-            raise NotFastError(f"{name} is a {type(value).__name__}, not a tensor")
+        # Subclasses too: fake, distributed or wrapped tensors know their own arithmetic.
+        if value is not None and type(value) not in (Tensor, nn.Parameter):
+            raise NotFastError(f"{name} is a {type(value).__name__}, not a plain tensor")
     if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
         raise NotFastError("not exactly one of input_ids and inputs_embeds")
     flag = given.get("output_attentions")

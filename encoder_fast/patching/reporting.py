@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-STATE = "_encoder_fast"
-"""The attribute under which a patched model carries its state; it is no module and no buffer."""
+from encoder_fast.patching.locate import STATE, root_module
 
 
 @dataclass
@@ -100,8 +99,6 @@ def report(model: object) -> Report:
     Returns:
         A :class:`Report`, one entry for each patched encoder; empty where nothing is patched.
     """
-    from encoder_fast.patching.swap import root_module
-
     entries = []
     for path, module in root_module(model).named_modules():
         state = module.__dict__.get(STATE)

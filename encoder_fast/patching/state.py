@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import weakref
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from encoder_fast import engine
 from encoder_fast.backends import load, resolve
@@ -19,9 +21,11 @@ from encoder_fast.errors import (
     UnsupportedModelError,
 )
 from encoder_fast.families import Family
+from encoder_fast.families.family import facts
 from encoder_fast.ops.attention import why_no_head_size
 from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
 from encoder_fast.patching.arguments import Arguments, parameter_names, read_arguments
+from encoder_fast.patching.packed import batch_known_for
 from encoder_fast.patching.reporting import Counts
 from encoder_fast.patching.stack import Stack
 from encoder_fast.spec import EncoderSpec
@@ -36,6 +40,8 @@ class _Reading:
     """The model as it was read, on the device where it was."""
 
     owner: weakref.ref[nn.Module]
+    forward: Any
+    facts: tuple
     spec: EncoderSpec
     stack: Stack
     device: torch.device
@@ -43,10 +49,12 @@ class _Reading:
     why: str
     cache: WeightCache
 
-    def still_holds(self, model: nn.Module) -> bool:
+    def still_holds(self, model: nn.Module, original: Any) -> bool:
         return (
             self.owner() is model
+            and self.forward is original.forward
             and self.stack.is_unchanged()
+            and self.facts == facts(model)
             and self.spec.embeddings.word.weight.device == self.device
         )
 
@@ -64,10 +72,10 @@ class EncoderState:
         original: Any,
         backend: str,
         strict: bool,
-        head_reads_first: bool = False,
+        pools_first: bool,
     ) -> None:
         self.family = family
-        self.head_reads_first = head_reads_first
+        self.pools_first = pools_first
         self.original = original
         self.backend = backend
         self.strict = strict
@@ -76,9 +84,7 @@ class EncoderState:
         self._reading: _Reading | None = None
 
     def __deepcopy__(self, memo: dict) -> EncoderState:
-        return EncoderState(
-            self.family, self.original, self.backend, self.strict, self.head_reads_first
-        )
+        return EncoderState(self.family, self.original, self.backend, self.strict, self.pools_first)
 
     @property
     def chosen(self) -> tuple[str, str]:
@@ -93,6 +99,8 @@ class EncoderState:
             UnsupportedModelError: it can't run fast in any call.
             BackendUnavailableError: the backend can't run where the model is.
         """
+        if not self.family.matches(self.original):
+            raise UnsupportedModelError(f"the forward of {self.original.__name__} was replaced")
         spec = self.family.read(model)
         device = spec.embeddings.word.weight.device
         backend, why = resolve(self.backend, device)
@@ -102,7 +110,17 @@ class EncoderState:
                 raise UnsupportedModelError(reason)
         stack = Stack(model, self.family.stack)
         cache = WeightCache(spec, backend)
-        reading = _Reading(weakref.ref(model), spec, stack, device, backend, why, cache)
+        reading = _Reading(
+            weakref.ref(model),
+            self.original.forward,
+            facts(model),
+            spec,
+            stack,
+            device,
+            backend,
+            why,
+            cache,
+        )
         self._reading = reading
         return reading
 
@@ -123,39 +141,58 @@ class EncoderState:
         self.counts.count_fast()
         return output
 
+    @torch.compiler.disable
+    def encode_packed(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Run one call fast and leave the last hidden state packed, ``(total, N)``.
+
+        Raises:
+            NotFastError: it can't run fast; nothing is counted.
+        """
+        call = read_arguments(self.original, model.config, (), inputs)
+        hidden, _ = self._encode(model, call, reads_first=False, collect=None)
+        self.counts.count_fast()
+        return hidden
+
     def _run(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        config: Any = model.config
-        call = read_arguments(self.original, config, args, kwargs)
-        if getattr(config, "is_decoder", False):
-            raise NotFastError("is_decoder")
-        reading = self._current_reading(model)
-        _check_mode(model, call)
-        reading.stack.check_passable()
-        spec, backend = reading.spec, reading.backend
-        like = spec.embeddings.word.weight
-        if like.dtype not in load(backend).DTYPES:
-            raise NotFastError(f"dtype {like.dtype} on backend {backend}")
-        shape = _check_tensors(call, like)
+        call = read_arguments(self.original, model.config, args, kwargs)
         has_pooler = getattr(model, "pooler", None) is not None
-        batch = _pack(call, shape, spec, reads_first=has_pooler or self.head_reads_first)
-        weights = reading.cache.current(like, batch.total)
+        reads_first = has_pooler or self.pools_first
         collect: list[Tensor] | None = [] if call.output_hidden_states else None
-        hidden = _embed(call, spec, weights, backend, batch)
-        if collect is not None:
-            collect.append(hidden)
-        last = batch.unpack(engine.encode(spec, weights, backend, batch, hidden, collect))
+        hidden, batch = self._encode(model, call, reads_first, collect)
+        last = batch.unpack(hidden)
         pooled = self.family.pool(model, last) if has_pooler else None
         states = None
         if collect is not None:
             states = (*(batch.unpack(state) for state in collect[:-1]), last)
         return self._output(call, last, pooled, states)
 
+    def _encode(
+        self, model: nn.Module, call: Arguments, reads_first: bool, collect: list[Tensor] | None
+    ) -> tuple[Tensor, PackedBatch]:
+        """The last hidden state, packed, and how it is packed."""
+        _check_mode(model, call)
+        reading = self._current_reading(model)
+        _check_attention(model.config, reading.spec)
+        spec, backend = reading.spec, reading.backend
+        like = spec.embeddings.word.weight
+        if like.dtype not in load(backend).DTYPES:
+            raise NotFastError(f"dtype {like.dtype} on backend {backend}")
+        shape = _check_tensors(call, like)
+        batch = _pack(call, shape, spec, reads_first=reads_first)
+        weights = reading.cache.current(like, batch.total)
+        hidden = _embed(call, spec, weights, backend, batch)
+        if collect is not None:
+            collect.append(hidden)
+        return engine.encode(spec, weights, backend, batch, hidden, collect), batch
+
     def _current_reading(self, model: nn.Module) -> _Reading:
         reading = self._reading
-        if reading is not None and reading.still_holds(model):
+        if reading is not None and reading.still_holds(model, self.original):
             return reading
         try:
-            return self.read(model)
+            reading = self.read(model)
+            reading.stack.is_unchanged()  # for its objections
+            return reading
         except UnsupportedModelError as error:
             raise NotFastError(str(error)) from None
         except BackendUnavailableError as error:
@@ -166,8 +203,7 @@ class EncoderState:
     def _output(
         self, call: Arguments, last: Tensor, pooled: Tensor | None, states: tuple | None
     ) -> Any:
-        module = importlib.import_module("transformers.modeling_outputs")
-        output_class = getattr(module, self.family.output_class)
+        output_class = _output_class(self.family.output_class)
         fields: dict[str, Any] = {"last_hidden_state": last, "hidden_states": states}
         has_pooled = "pooler_output" in output_class.__dataclass_fields__
         if has_pooled:
@@ -181,36 +217,71 @@ class EncoderState:
         return output.to_tuple()
 
 
+@functools.cache
+def _output_class(name: str) -> Any:
+    return getattr(importlib.import_module("transformers.modeling_outputs"), name)
+
+
+# Implementations that all compute softmax(q kᵀ · scale) v; any other is somebody's own.
+_ATTENTIONS = (
+    None,
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+)
+
+
+def _check_attention(config: Any, spec: EncoderSpec) -> None:
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation not in _ATTENTIONS:
+        raise NotFastError(f"attn_implementation={implementation!r}")
+    for layer in spec.layers:
+        attributes = layer.attention.__dict__
+        if attributes.get("is_causal") or attributes.get("is_decoder"):
+            raise NotFastError("a causal attention module")
+
+
 def _check_mode(model: nn.Module, call: Arguments) -> None:
+    config: Any = model.config
+    if getattr(config, "is_decoder", False):
+        raise NotFastError("is_decoder")
+    if getattr(config, "is_causal", False):
+        raise NotFastError("is_causal")
     if model.training:
         raise NotFastError("training mode (call model.eval())")
+    if getattr(model, "_is_replica", False):
+        raise NotFastError("a replica of nn.DataParallel")
     if torch.is_grad_enabled() and (
         any(p.requires_grad for p in model.parameters())
         or (call.inputs_embeds is not None and call.inputs_embeds.requires_grad)
     ):
         raise NotFastError("gradients are enabled (use torch.inference_mode() or torch.no_grad())")
-    source = call.input_ids if call.input_ids is not None else call.inputs_embeds
-    assert source is not None
-    if torch.is_autocast_enabled(source.device.type):
+    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotFastError("torch.func or forward-mode autograd")
+    if torch.is_autocast_enabled(call.source.device.type):
         raise NotFastError("autocast (cast the model instead: model.half() or model.bfloat16())")
     if torch.jit.is_tracing():
         raise NotFastError("torch.jit tracing")
+
+
+def _misfit(name: str, tensor: Tensor) -> str:
+    # Without sizes: reasons are counted, and there are only so many of them.
+    return f"{name} of {tensor.dim()} dimensions and {tensor.dtype}, or of a size that does not fit"
 
 
 def _check_tensors(call: Arguments, like: Tensor) -> tuple[int, int]:
     """Check what comes in against the model; returns ``(B, S)``."""
     if call.input_ids is not None:
         if call.input_ids.dim() != 2 or call.input_ids.dtype not in (torch.int64, torch.int32):
-            raise NotFastError(
-                f"input_ids of shape {tuple(call.input_ids.shape)} and {call.input_ids.dtype}"
-            )
-        batch_size, length = call.input_ids.shape
+            raise NotFastError(_misfit("input_ids", call.input_ids))
     else:
-        assert call.inputs_embeds is not None
-        embeds = call.inputs_embeds
+        embeds = call.source
         if embeds.dim() != 3 or embeds.dtype != like.dtype or embeds.shape[2] != like.shape[1]:
-            raise NotFastError(f"inputs_embeds of shape {tuple(embeds.shape)} and {embeds.dtype}")
-        batch_size, length = embeds.shape[:2]
+            raise NotFastError(_misfit("inputs_embeds", embeds))
+    batch_size, length = call.source.shape[:2]
     for name in ("token_type_ids", "position_ids"):
         ids = getattr(call, name)
         if ids is not None and (
@@ -219,10 +290,10 @@ def _check_tensors(call: Arguments, like: Tensor) -> tuple[int, int]:
             or ids.shape[1] != length
             or ids.dtype not in (torch.int64, torch.int32)
         ):
-            raise NotFastError(f"{name} of shape {tuple(ids.shape)} and {ids.dtype}")
+            raise NotFastError(_misfit(name, ids))
     mask = call.attention_mask
     if mask is not None and mask.shape != (batch_size, length):
-        raise NotFastError(f"attention_mask of shape {tuple(mask.shape)}")
+        raise NotFastError(_misfit("attention_mask", mask))
     for name in ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"):
         tensor = getattr(call, name)
         if tensor is not None and tensor.device != like.device:
@@ -235,11 +306,14 @@ def _pack(
 ) -> PackedBatch:
     skips_padding = spec.embeddings.position_padding_idx is not None
     mask = call.attention_mask
-    if mask is None or not skips_padding:
+    known = batch_known_for(shape)
+    if mask is None or known is not None or not skips_padding:
         _check_length(call, shape[1], spec)
+    if known is not None:
+        return known
     if mask is None:
         return pack_full(*shape, spec.embeddings.word.weight.device)
-    vocab_size = spec.embeddings.word.num_embeddings
+    vocab_size = spec.embeddings.word.weight.shape[0]
     # On the CPU the lookup itself checks the ids.
     ids = call.input_ids if mask.device.type != "cpu" else None
     facts = read_mask(mask, ids, vocab_size)

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families import find_family, unsupported
-from encoder_fast.patching.reporting import STATE
+from encoder_fast.patching.locate import STATE, root_module
 from encoder_fast.patching.state import NOT_FAST, EncoderState
 
 M = TypeVar("M")
@@ -25,6 +26,14 @@ M = TypeVar("M")
 
 def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
     """Make the encoders inside a model run fast, in place.
+
+    Calls, outputs, state dict and files stay what they were, with one difference: what the encoder
+    returns at padded positions is zeros, so that a head's logits there are its bias, and a loss
+    that counts padded positions (labels other than -100) differs.
+
+    Weights changed later take effect at the next call. One kind of change is noticed late, on the
+    CPU alone: a part of a weight written through ``.data`` or NumPy, which PyTorch does not count;
+    it takes effect once 256 more tokens have run, or at once after another ``patch``.
 
     Args:
         model: a supported Hugging Face encoder, bare or with a head; or any ``nn.Module`` or
@@ -35,7 +44,8 @@ def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
             forward, instead of running and counting it.
 
     Returns:
-        The same object. Patching it again replaces the options and starts the counts anew.
+        The same object. Patching it again replaces the options and starts the counts anew. A deep
+        copy of it is patched; a pickle is not, and loads without encoder_fast.
 
     Raises:
         UnsupportedModelError: it holds no supported encoder, or one in a configuration that has no
@@ -43,16 +53,46 @@ def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
         BackendUnavailableError: the backend can't run where the model is. Nothing is changed.
         ValueError: no backend of that name.
     """
+    _patch(root_module(model), backend, strict)
+    return model
+
+
+def unpatch(model: M) -> M:
+    """Give a model its original forward back, bit for bit. Harmless where nothing is patched."""
+    for module in root_module(model).modules():
+        _restore(module)
+    return model
+
+
+@contextmanager
+def patched(model: M, backend: str = "auto", *, strict: bool = False) -> Iterator[M]:
+    """Patch for the length of a ``with`` block; what was patched before is so again after it."""
+    root = root_module(model)
+    before = {m: m.__dict__[STATE] for m in root.modules() if STATE in m.__dict__}
+    inside = _patch(root, backend, strict)
+    try:
+        yield model
+    finally:
+        # By what was patched, not by what the model holds now: a part may have been replaced.
+        for module in inside:
+            _restore(module)
+        for module, state in before.items():
+            _install(module, state)
+
+
+def _patch(root: nn.Module, backend: str, strict: bool) -> list[nn.Module]:
+    """Patch every encoder below ``root``, or raise and change nothing; returns them."""
     found: list[tuple[nn.Module, EncoderState]] = []
-    modules = dict(root_module(model).named_modules())
+    modules = dict(root.named_modules())
     for path, module in modules.items():
         original = _original_class(module)
         family = find_family(original)
         if family is None:
             continue
+        # Unless the head is known to go token by token, something may pool column 0.
         parent = modules[path.rpartition(".")[0]]
-        head_reads_first = type(parent).__name__ in family.first_token_heads
-        state = EncoderState(family, original, backend, strict, head_reads_first)
+        pools_first = parent is module or not family.is_token_level(parent)
+        state = EncoderState(family, original, backend, strict, pools_first)
         try:
             if "forward" in module.__dict__:
                 raise UnsupportedModelError("its forward was replaced on the instance")
@@ -62,52 +102,22 @@ def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
             raise UnsupportedModelError(f"{where}: {error}. Nothing was changed.") from None
         found.append((module, state))
     if not found:
-        raise unsupported(root_module(model))
+        raise unsupported(root)
     for module, state in found:
-        module.__dict__[STATE] = state
-        module.__class__ = _fast_class(state.original)
-    return model
+        _install(module, state)
+    return [module for module, _ in found]
 
 
-def unpatch(model: M) -> M:
-    """Give a model its original forward back, bit for bit. Harmless where nothing is patched."""
-    for module in root_module(model).modules():
-        state = module.__dict__.pop(STATE, None)
-        if state is not None:
-            module.__class__ = state.original
-    return model
+def _install(module: nn.Module, state: EncoderState) -> None:
+    module.__dict__[STATE] = state
+    module.__class__ = _fast_class(state.original)
 
 
-@contextmanager
-def patched(model: M, backend: str = "auto", *, strict: bool = False) -> Iterator[M]:
-    """Patch for the length of a ``with`` block; what was patched before is so again after it."""
-    before = {
-        module: module.__dict__[STATE]
-        for module in root_module(model).modules()
-        if STATE in module.__dict__
-    }
-    patch(model, backend, strict=strict)
-    try:
-        yield model
-    finally:
-        unpatch(model)
-        for module, state in before.items():
-            module.__dict__[STATE] = state
-            module.__class__ = _fast_class(state.original)
-
-
-def root_module(model: Any) -> nn.Module:
-    """The module itself, or the one that a pipeline runs.
-
-    Raises:
-        TypeError: there is none.
-    """
-    if isinstance(model, nn.Module):
-        return model
-    inner = getattr(model, "model", None)
-    if isinstance(inner, nn.Module):
-        return inner
-    raise TypeError(f"expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
+def _restore(module: nn.Module) -> None:
+    state = module.__dict__.pop(STATE, None)
+    # Somebody may have put a class of their own on top; without its state, ours below it is inert.
+    if state is not None and type(module) is _fast_class(state.original):
+        module.__class__ = state.original
 
 
 def _original_class(module: nn.Module) -> Any:
@@ -118,37 +128,40 @@ def _original_class(module: nn.Module) -> Any:
 @functools.cache
 def _fast_class(original: Any) -> Any:
     """The subclass that patched instances of ``original`` get; one for each class."""
-    original_forward = original.forward
 
-    @functools.wraps(original_forward)
+    @functools.wraps(original.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(STATE)
-        if state is not None:
+        if state is not None and not torch.compiler.is_exporting():
             output = state.attempt(self, args, kwargs)
             if output is not NOT_FAST:
                 return output
-        return original_forward(self, *args, **kwargs)
+        # Looked up now: somebody may have replaced the class's forward since.
+        return original.forward(self, *args, **kwargs)
+
+    def state_without_ours(self: nn.Module) -> dict[str, Any]:
+        return {key: value for key, value in self.__getstate__().items() if key != STATE}
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # A pickle holds the model as it was before: it loads without encoder_fast. The usual
         # constructor of pickles insists on the object's own class, which this is not to be.
-        state = {key: value for key, value in self.__dict__.items() if key != STATE}
-        return object.__new__, (original,), state
+        return object.__new__, (original,), state_without_ours(self)
 
     def deepcopy(self: nn.Module, memo: dict) -> nn.Module:
-        # A copy of a patched model is patched.
-        clone = fast.__new__(fast)
+        # A copy of a patched model is patched, with a state of its own.
+        clone = original.__new__(original)
         memo[id(self)] = clone
-        clone.__setstate__(copy.deepcopy(self.__dict__, memo))
+        clone.__setstate__(copy.deepcopy(state_without_ours(self), memo))
+        _install(clone, copy.deepcopy(self.__dict__[STATE], memo))
         return clone
 
     namespace = {
         "forward": forward,
         "__reduce_ex__": reduce_ex,
-        "__deepcopy__": deepcopy,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    fast = type(original)(original.__name__, (original,), namespace)
-    return fast
+    if not hasattr(original, "__deepcopy__"):
+        namespace["__deepcopy__"] = deepcopy
+    return type(original)(original.__name__, (original,), namespace)

@@ -1,0 +1,24 @@
+"""Where a patched encoder keeps its state, and where in what the user holds the model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+STATE = "_encoder_fast"
+"""The attribute under which a patched encoder carries its state; it is no module and no buffer."""
+
+
+def root_module(model: Any) -> nn.Module:
+    """The module itself, or the one that a pipeline runs.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module):
+        return inner
+    raise TypeError(f"expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
