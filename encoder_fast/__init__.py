@@ -20,6 +20,7 @@ _EXPORTS = {
     "report": "encoder_fast.patching",
     "check_parity": "encoder_fast.parity",
     "info": "encoder_fast.environment",
+    "TextEncoder": "encoder_fast.text",
     "UnsupportedModelError": "encoder_fast.errors",
     "FallbackError": "encoder_fast.errors",
     "BackendUnavailableError": "encoder_fast.errors",
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
     )
     from encoder_fast.parity import check_parity
     from encoder_fast.patching import patch, patched, report, unpatch
+    from encoder_fast.text import TextEncoder
 
 __all__ = [
     "BackendUnavailableError",
     "FallbackError",
     "ParityError",
+    "TextEncoder",
     "UnsupportedModelError",
     "__version__",
     "check_parity",

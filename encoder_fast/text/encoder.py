@@ -1,0 +1,400 @@
+"""``TextEncoder``: from texts to vectors, labels, entities and rankings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encoder_fast.text import rerank, tag
+from encoder_fast.text.batching import TokenBudget
+from encoder_fast.text.classify import Classification, classifications, label_names
+from encoder_fast.text.loading import load
+from encoder_fast.text.pipeline import Block, Compute, Pipeline, Plan
+from encoder_fast.text.reporting import TextReport, warn_caller
+from encoder_fast.text.runner import Runner
+from encoder_fast.text.settings import Settings, longest_input
+from encoder_fast.text.texts import check_iterable, encodable
+from encoder_fast.text.tokenising import Tokeniser
+from encoder_fast.text.tokens import TokenEmbeddings, per_token
+from encoder_fast.text.vectors import PRECISIONS, Chunks, Finish, quantise, whole_texts
+
+
+class TextEncoder:
+    """An encoder with its tokenizer, run over any number of texts.
+
+    Texts are tokenised once, ahead of the model; batches are made by tokens and carry no padding;
+    results come in the order of the texts. The same text gives the same result whatever else is in
+    its batch, but for float noise (``docs/text.md``).
+
+    Attributes:
+        model: the model, with its head if it has one; patched in place where it can be.
+        settings: what the model's files say of its use.
+        max_length: the longest input in tokens, special tokens counted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        settings: Settings | None = None,
+        *,
+        backend: str = "auto",
+        max_tokens_per_batch: int | None = None,
+    ) -> None:
+        self.model: Any = model
+        self.settings = settings or Settings()
+        self._runner = Runner(model, backend)
+        tokeniser = Tokeniser(tokenizer, lower_case=self.settings.lower_case)
+        self.max_length = longest_input(model, tokeniser.max_length, self.settings)
+        budget = (
+            TokenBudget.automatic(model)
+            if max_tokens_per_batch is None
+            else TokenBudget(max_tokens_per_batch)
+        )
+        self._pipeline = Pipeline(tokeniser, self.max_length, budget)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_model: str | os.PathLike[str] | nn.Module,
+        tokenizer: Any = None,
+        pooling: str | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        backend: str = "auto",
+        max_tokens_per_batch: int | None = None,
+    ) -> TextEncoder:
+        """Load a model, or take one that is loaded.
+
+        Args:
+            path_or_model: a folder or hub name, of sentence-transformers or plain transformers; or
+                a Hugging Face model, a ``SentenceTransformer`` or a ``CrossEncoder``, which is
+                patched in place.
+            tokenizer: a Hugging Face tokenizer or where to load one from; the model's own where
+                ``None``.
+            pooling: ``cls``, ``mean`` or ``max``; where ``None``, what the model's files say, or
+                else ``mean``.
+            device: ``auto`` leaves a model where it is, and loads one to the GPU if there is one.
+            dtype: ``auto`` is the checkpoint's own.
+            backend: as for :func:`~encoder_fast.patch`. With ``auto``, a model that has no fast
+                path runs its own forward, and a warning and :meth:`report` say why.
+            max_tokens_per_batch: chosen by device and free memory where ``None``. It is halved
+                whenever memory runs out.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            ValueError: no tokenizer, or something in the model's files that is not supported.
+            UnsupportedModelError, BackendUnavailableError: only for a backend asked for by name.
+        """
+        model, tokenizer, settings = load(path_or_model, tokenizer, pooling, device, dtype)
+        made = cls(
+            model, tokenizer, settings, backend=backend, max_tokens_per_batch=max_tokens_per_batch
+        )
+        if made._runner.refusal is not None:
+            warn_caller(
+                f"{type(model).__name__} runs its own padded forward: {made._runner.refusal}"
+            )
+        return made
+
+    @property
+    def dimension(self) -> int:
+        """The length of a vector, before ``truncate_dim``."""
+        return self._runner.encoder.config.hidden_size
+
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        precision: str = "float32",
+        long_text: str = "truncate",
+        return_chunks: bool = False,
+        show_progress: bool = False,
+    ) -> np.ndarray | Chunks:
+        """A vector for each text.
+
+        Args:
+            texts: a string, or an iterable of strings of any length. It is read as it goes.
+            normalize: to length 1. ``None`` does what the model's files say; ``False`` does not
+                even where they do.
+            prompt: the name of one of the model's prompts, or a text, that is put before each
+                text; the model's default where ``None``, none where ``""``.
+            truncate_dim: keep that many values of each vector, for models trained so (Matryoshka).
+            precision: ``float32``, ``int8`` (each dimension scaled by its range over all texts) or
+                ``binary`` (signs, eight to a byte).
+            long_text: what happens to a text longer than the model takes: ``truncate`` cuts it and
+                a warning says how many were cut; ``chunk`` reads all of it in overlapping windows
+                and averages their vectors by tokens, none counted twice; ``error`` raises.
+            return_chunks: with ``chunk``, a vector for each window in place of one for each text.
+            show_progress: a bar in texts and tokens a second.
+
+        Returns:
+            ``(N, D)``, or ``(D,)`` for a single string; or :class:`Chunks`.
+
+        Raises:
+            TypeError: something is no string; the message names its index.
+            ValueError: an option has a value that it can't have.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        if return_chunks and long_text != "chunk":
+            raise ValueError(f"return_chunks needs long_text='chunk', got {long_text!r}")
+        plan = Plan(long_text, self._prompt(prompt), detail=return_chunks)
+        finish = self._finish(normalize, truncate_dim)
+        if return_chunks:
+            return self._encode_chunks(_listed(texts), plan, finish, precision, show_progress)
+        parts = list(self._encode_blocks(_listed(texts), plan, finish, show_progress))
+        width = min(self.dimension, finish.truncate_dim or self.dimension)
+        vectors = np.concatenate([np.zeros((0, width), np.float32), *parts])
+        if isinstance(texts, str) and precision == "float32":
+            return vectors[0]
+        quantised = quantise(vectors, precision)
+        return quantised[0] if isinstance(texts, str) else quantised
+
+    def encode_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
+        long_text: str = "truncate",
+        show_progress: bool = False,
+    ) -> Iterator[np.ndarray]:
+        """As :meth:`encode`, for more texts than memory holds vectors of.
+
+        Yields:
+            Float32 vectors ``(n, D)`` of the next ``n`` texts, in order.
+        """
+        plan = Plan(long_text, self._prompt(prompt))
+        finish = self._finish(normalize, truncate_dim)
+        return self._encode_blocks(_listed(texts), plan, finish, show_progress)
+
+    def similarity(
+        self, a: str | Iterable[str] | np.ndarray, b: str | Iterable[str] | np.ndarray
+    ) -> np.ndarray:
+        """How alike texts are, ``(len(a), len(b))``: the cosine, or what the model's files say.
+
+        Vectors from :meth:`encode` may stand for texts.
+        """
+        left, right = (self._as_vectors(side) for side in (a, b))
+        if self.settings.similarity == "cosine":
+            left, right = F.normalize(left, dim=-1), F.normalize(right, dim=-1)
+        return (left @ right.T).numpy()
+
+    def token_embeddings(
+        self,
+        texts: str | Iterable[str],
+        *,
+        long_text: str = "truncate",
+        show_progress: bool = False,
+    ) -> Any:
+        """A vector for each token, special tokens included.
+
+        Returns:
+            A list of :class:`TokenEmbeddings`, or one for a single string. With ``chunk`` each
+            token's vector is from the window where it has most context around it.
+        """
+        found = []
+        plan = Plan(long_text)
+        lead = len(self._pipeline.single.specials[0])
+        blocks = self._run(_listed(texts), plan, self._runner.states, show_progress)
+        for block, results in blocks:
+            for text in per_token(block, results, lead):
+                before, after = text.special_ids
+                ids = np.concatenate([before, text.tokens.ids, after])
+                vectors = torch.cat([text.before, text.content, text.after]).numpy()
+                found.append(TokenEmbeddings(self._pipeline.tokeniser.names(ids), vectors))
+        return found[0] if isinstance(texts, str) else found
+
+    def classify(
+        self,
+        texts: str | Iterable[str],
+        *,
+        long_text: str = "truncate",
+        show_progress: bool = False,
+    ) -> Any:
+        """The label of each text and every label's probability.
+
+        Returns:
+            A list of :class:`Classification`, or one for a single string. With ``chunk`` a long
+            text's logits are the mean over its windows by tokens.
+
+        Raises:
+            ValueError: the model has no sequence classification head.
+        """
+        self._need_head("ForSequenceClassification", "classify")
+        found: list[Classification] = []
+        blocks = self._run(_listed(texts), Plan(long_text), self._runner.scores, show_progress)
+        for block, results in blocks:
+            logits = whole_texts(torch.stack(results).cpu(), block.windows, "mean")
+            found += classifications(logits, self.model.config)
+        return found[0] if isinstance(texts, str) else found
+
+    def tag(
+        self,
+        texts: str | Iterable[str],
+        *,
+        long_text: str = "chunk",
+        show_progress: bool = False,
+    ) -> Any:
+        """The named entities of each text, however long.
+
+        Returns:
+            For each text a list of :class:`Entity`, with character offsets into it; one such list
+            for a single string.
+
+        Raises:
+            ValueError: the model has no token classification head, or its tokenizer no offsets.
+        """
+        self._need_head("ForTokenClassification", "tag")
+        found = []
+        names = label_names(self.model.config)
+        lead = len(self._pipeline.single.specials[0])
+        plan = Plan(long_text, detail=True)
+        for block, results in self._run(
+            _listed(texts), plan, self._runner.token_scores, show_progress
+        ):
+            for text in per_token(block, results, lead):
+                probabilities = torch.softmax(text.content, dim=-1).numpy()
+                found.append(tag.entities(text.text, text.tokens, probabilities, names))
+        return found[0] if isinstance(texts, str) else found
+
+    def rerank(
+        self,
+        query: str,
+        texts: Iterable[str],
+        *,
+        top_k: int | None = None,
+        long_text: str = "truncate",
+        show_progress: bool = False,
+    ) -> list[rerank.Ranked]:
+        """Order texts by a cross-encoder's score for a query, the best first.
+
+        Args:
+            top_k: how many are returned; all where ``None``.
+            long_text: ``truncate`` shortens the longer of query and text; with ``chunk`` a text
+                scores as its best window does.
+
+        Raises:
+            ValueError: the model is no cross-encoder: a sequence classifier with one output.
+        """
+        self._need_head("ForSequenceClassification", "rerank")
+        if not isinstance(query, str):
+            raise TypeError(f"query must be a string, got {type(query).__name__}")
+        (tokens,) = self._pipeline.tokeniser.tokens([encodable(query)])
+        plan = Plan(long_text, query=tokens.ids)
+        ranked: list[rerank.Ranked] = []
+        blocks = self._run(_listed(texts), plan, self._runner.scores, show_progress)
+        for block, results in blocks:
+            best = whole_texts(torch.stack(results).cpu(), block.windows, "max")
+            scores = rerank.activate(best, self.model.config).tolist()
+            ranked += [
+                rerank.Ranked(len(ranked) + number, score, text)
+                for number, (score, text) in enumerate(zip(scores, block.texts, strict=True))
+            ]
+        return sorted(ranked, key=lambda one: -one.score)[:top_k]
+
+    def report(self) -> TextReport:
+        """What has run since the model was loaded, how, and what did not run fast, and why."""
+        runner, pipeline = self._runner, self._pipeline
+        return TextReport(
+            model=runner.report,
+            refusal=runner.refusal,
+            texts=pipeline.texts,
+            tokens=pipeline.tokens,
+            cut=pipeline.cut,
+            packed_batches=runner.packed,
+            padded_batches=runner.padded,
+            tokens_per_batch=pipeline.budget.tokens,
+        )
+
+    def _run(
+        self, texts: Iterable[str], plan: Plan, compute: Compute, show_progress: bool
+    ) -> Iterator[tuple[Block, list[Tensor]]]:
+        """The pipeline, with a warning at its end where texts were cut."""
+        cut = total = 0
+        for block, results in self._pipeline.run(texts, plan, compute, show_progress=show_progress):
+            cut += block.cut
+            total += len(block.texts)
+            yield block, results
+        if cut:
+            warn_caller(
+                f"{cut:,} of {total:,} texts were longer than {self.max_length} tokens and were "
+                "cut; long_text='chunk' reads all of a text"
+            )
+
+    def _vectors(
+        self, texts: Iterable[str], plan: Plan, show_progress: bool
+    ) -> Iterator[tuple[Block, Tensor]]:
+        """The pooled vector of each window, ``(n, D)``, on the CPU."""
+        pooling = self.settings.pooling
+        for block, results in self._run(
+            texts, plan, lambda rows: self._runner.pooled(rows, pooling), show_progress
+        ):
+            # one transfer, where the GPU is waited for, for the whole block
+            yield block, torch.stack(results).cpu()
+
+    def _encode_blocks(
+        self, texts: Iterable[str], plan: Plan, finish: Finish, show_progress: bool
+    ) -> Iterator[np.ndarray]:
+        for block, vectors in self._vectors(texts, plan, show_progress):
+            yield finish(whole_texts(vectors, block.windows, self.settings.pooling))
+
+    def _encode_chunks(
+        self, texts: Iterable[str], plan: Plan, finish: Finish, precision: str, show_progress: bool
+    ) -> Chunks:
+        parts, places = [np.zeros((0, self.dimension), np.float32)[:, : finish.truncate_dim]], []
+        done = 0
+        for block, vectors in self._vectors(texts, plan, show_progress):
+            parts.append(finish(vectors))
+            for window in block.windows:
+                offsets = block.tokens[window.text].offsets
+                assert offsets is not None
+                inside = offsets[window.start : window.stop]
+                start, stop = (inside[0, 0], inside[-1, 1]) if len(inside) else (0, 0)
+                places.append((done + window.text, start, stop))
+            done += len(block.texts)
+        text, start, stop = np.array(places, dtype=np.int64).reshape(-1, 3).T
+        return Chunks(quantise(np.concatenate(parts), precision), text, start, stop)
+
+    def _prompt(self, prompt: str | None) -> str:
+        prompts = self.settings.prompts
+        if prompt is None:
+            return prompts.get(self.settings.default_prompt or "", "")
+        return encodable(prompts.get(prompt, prompt))
+
+    def _finish(self, normalize: bool | None, truncate_dim: int | None) -> Finish:
+        kept = self.settings.truncate_dim if truncate_dim is None else truncate_dim
+        if kept is not None and kept < 1:
+            raise ValueError(f"truncate_dim must be at least 1, got {kept}")
+        by_model = self.settings.normalize and normalize is not False
+        return Finish(by_model, kept, normalize is True)
+
+    def _as_vectors(self, side: str | Iterable[str] | np.ndarray) -> Tensor:
+        if isinstance(side, np.ndarray) and side.dtype.kind == "f":
+            return torch.from_numpy(np.atleast_2d(side))
+        vectors = self.encode(_listed(side))
+        assert isinstance(vectors, np.ndarray)
+        return torch.from_numpy(vectors)
+
+    def _need_head(self, head: str, method: str) -> None:
+        name = type(self.model).__name__
+        if not name.endswith(head):
+            raise ValueError(f"{method} needs a model …{head}, and this is a {name}")
+
+
+def _listed(texts: Any) -> Iterable[str]:
+    """``texts``, a single string as a list of one."""
+    if isinstance(texts, str):
+        return [texts]
+    check_iterable(texts)
+    return texts

@@ -1,0 +1,112 @@
+"""From a folder, a hub name or a model that is loaded already to model, tokenizer and settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from encoder_fast.ops.pool import MODES
+from encoder_fast.text.settings import (
+    Settings,
+    find_file,
+    join,
+    live_settings,
+    read_settings,
+)
+
+_HEADS = {
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+}
+
+
+def load(
+    path_or_model: str | os.PathLike[str] | nn.Module,
+    tokenizer: Any,
+    pooling: str | None,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+) -> tuple[nn.Module, Any, Settings]:
+    """The model in eval mode where and in what it shall run, its tokenizer, its settings.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: no tokenizer, an unknown dtype or pooling, a module that is not supported.
+    """
+    if pooling is not None and pooling not in MODES:
+        raise ValueError(f"pooling must be one of {MODES}, got {pooling!r}")
+    wanted = None if dtype == "auto" else _dtype(dtype)
+    if isinstance(path_or_model, nn.Module):
+        model, own, settings = _take_apart(path_or_model, pooling)
+        if tokenizer is None:
+            tokenizer = own
+    else:
+        path = os.fspath(path_or_model)
+        _check_path(path)
+        settings = read_settings(path, pooling)
+        model = _load_model(path, settings.subfolder, wanted)
+        if tokenizer is None:
+            tokenizer = _load_tokenizer(path, settings.subfolder)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = _load_tokenizer(os.fspath(tokenizer), "")
+    if tokenizer is None:
+        raise ValueError(f"a {type(model).__name__} comes without a tokenizer: give tokenizer=")
+    model.to(device=None if device == "auto" else device, dtype=wanted)
+    return model.eval(), tokenizer, settings
+
+
+def _take_apart(model: Any, pooling: str | None) -> tuple[nn.Module, Any, Settings]:
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return model, None, Settings(pooling=pooling or "mean")
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        raise ValueError(f"a {type(model).__name__} holds no Hugging Face model")
+    if type(model).__name__ == "SentenceTransformer":
+        return inner, model.tokenizer, live_settings(model, pooling)
+    settings = Settings(pooling=pooling or "mean", max_length=getattr(model, "max_length", None))
+    return inner, getattr(model, "tokenizer", None), settings
+
+
+def _check_path(path: str) -> None:
+    looks_local = path.startswith((".", "~", os.sep)) or path.count("/") > 1
+    if looks_local and not Path(path).is_dir():
+        raise FileNotFoundError(f"no such folder: {path}")
+
+
+def _load_model(path: str, subfolder: str, dtype: torch.dtype | None) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, subfolder=subfolder)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    loader = next((auto for head, auto in _HEADS.items() if name.endswith(head)), "AutoModel")
+    auto_class = getattr(transformers, loader)
+    return auto_class.from_pretrained(path, subfolder=subfolder, dtype=dtype or "auto")
+
+
+def _load_tokenizer(path: str, subfolder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} has no tokenizer that can be loaded: {error}") from error
+    # Where there are no files, transformers 5 makes a tokenizer without a vocabulary.
+    names = tokenizer.vocab_files_names.values() or ("tokenizer_config.json",)
+    if all(find_file(path, join(subfolder, name)) is None for name in names):
+        raise ValueError(f"{path} has no tokenizer that can be loaded: none of {', '.join(names)}")
+    return tokenizer
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be 'auto', 'float32', 'float16' or 'bfloat16', got {dtype!r}")
+    return found
