@@ -230,8 +230,8 @@ def test_a_class_whose_forward_was_replaced(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_forward_mode_autograd() -> None:
-    model = tiny().requires_grad_(False)
-    model.set_attn_implementation("eager")  # SDPA has no forward-mode formula
+    # SDPA has no forward-mode formula
+    model = tiny(attn_implementation="eager").requires_grad_(False)
     x, t = torch.randn(2, 2, 5, 48, device=DEVICE)
 
     def run(embeds: torch.Tensor) -> torch.Tensor:
