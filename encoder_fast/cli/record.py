@@ -23,7 +23,7 @@ def write_record(path: Path, result: DemoResult) -> None:
     """
     place = result.place
     record: dict[str, Any] = {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": place.processor,
@@ -53,6 +53,12 @@ def write_record(path: Path, result: DemoResult) -> None:
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(path)
+
+
+def _command() -> str:
+    """The command line, of paths their last part alone: a record is for others to read."""
+    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
+    return shlex.join(words)
 
 
 def _commit() -> str:
