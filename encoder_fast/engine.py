@@ -74,15 +74,18 @@ def encode(
     batch: PackedBatch,
     hidden: Tensor,
     collect: list[Tensor] | None = None,
+    first_token_alone: bool = False,
 ) -> Tensor:
     """Run the layers.
 
     Args:
         hidden: ``(total, N)``, the embeddings.
         collect: where given, each layer's output is appended to it, as the model returns it.
+        first_token_alone: nothing but each row's first token is wanted. The last layer then
+            computes keys and values for all tokens, and what follows attention for those alone.
 
     Returns:
-        ``(total, N)``, the last hidden state.
+        The last hidden state: ``(total, N)``, or ``(B, N)`` of the first tokens.
     """
     # What goes into the next half of a layer, and what its output is added to. In post-norm order
     # they are the same.
@@ -94,6 +97,8 @@ def encode(
     stages = zip(spec.layers, weights.layers, spec.norms, strict=True)
     for index, (layer, prepared, (norm_after_attention, norm_after_ffn)) in enumerate(stages):
         context = _attend(layer.attention, prepared, backend, batch, normed)
+        if index == last and first_token_alone:
+            context, residual = batch.first_tokens(context), batch.first_tokens(residual)
         attended = linear.run(context, prepared.attention_out, None, backend)
         normed, residual = _join(norm_after_attention, attended, residual, keeps_sum, backend)
         transformed = linear.run_feed_forward(
@@ -104,6 +109,8 @@ def encode(
         normed, residual = _join(norm_after_ffn, transformed, residual, keeps_sum, backend)
         if collect is not None:
             collect.append(normed if index == last and spec.normed_last_state else residual)
+    if first_token_alone:
+        return batch.blank_empty_rows(normed if spec.layers else batch.first_tokens(normed))
     return normed
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,8 +33,9 @@ class Family:
             the reason where this particular model can't run fast.
         pool: from a model that has a pooler, and its last hidden state ``(B, S, N)``, to the pooled
             output. It calls the model's own modules, so that their hooks run.
-        first_token_heads: the classes of models with a head that reads column 0 of the hidden
-            states itself, past any pooler.
+        first_token_heads: the classes of models whose head reads column 0 of the hidden states
+            and nothing else of them; each with the class of the child that does it, or ``None``
+            where the model's own forward or the encoder's pooler does.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Family:
     stack: tuple[str, ...]
     read: Callable[[nn.Module], EncoderSpec]
     pool: Callable[[Any, Tensor], Tensor] = _call_pooler
-    first_token_heads: tuple[str, ...] = ()
+    first_token_heads: Mapping[str, str | None] = field(default_factory=dict)
 
     def matches(self, cls: Any) -> bool:
         """Whether ``cls`` is one of this family's classes, or a subclass that keeps its methods."""
@@ -59,14 +60,29 @@ class Family:
         return False
 
     def is_token_level(self, parent: nn.Module) -> bool:
-        """Whether ``parent`` is a model of this family whose head never pools column 0."""
-        cls: Any = type(parent)
-        heads = [base for base in cls.__mro__ if base.__module__ == self.module]
-        return (
-            bool(heads)
-            and is_library_code(cls.forward)
-            and not any(base.__name__ in self.first_token_heads for base in heads)
-        )
+        """Whether ``parent`` is a model of this family whose head never reads column 0 alone."""
+        names = self._names_of_head(type(parent))
+        return bool(names) and not any(name in self.first_token_heads for name in names)
+
+    def reads_first_token_alone(self, cls: Any, model: nn.Module) -> bool:
+        """Whether ``model``, of class ``cls``, has one of ``first_token_heads`` as it came."""
+        for name in self._names_of_head(cls):
+            if name in self.first_token_heads:
+                reader = self.first_token_heads[name]
+                return reader is None or any(
+                    type(child).__name__ == reader
+                    and type(child).__module__ == self.module
+                    # ELECTRA's can be told to take another token, or all of them
+                    and getattr(child, "summary_type", "first") == "first"
+                    for child in model.children()
+                )
+        return False
+
+    def _names_of_head(self, cls: Any) -> list[str]:
+        """The family's own classes that ``cls`` is, if its forward is still theirs."""
+        if not is_library_code(cls.forward):
+            return []
+        return [base.__name__ for base in cls.__mro__ if base.__module__ == self.module]
 
 
 # What a BERT-like forward calls on itself, beside the methods that its own class defines.

@@ -25,6 +25,7 @@ from encoder_fast.families.family import facts
 from encoder_fast.ops.attention import why_no_head_size
 from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
 from encoder_fast.patching.arguments import Arguments, parameter_names, read_arguments
+from encoder_fast.patching.head import wants_first_token_alone
 from encoder_fast.patching.packed import batch_known_for
 from encoder_fast.patching.reporting import Counts
 from encoder_fast.patching.stack import Stack
@@ -142,14 +143,19 @@ class EncoderState:
         return output
 
     @torch.compiler.disable
-    def encode_packed(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Run one call fast and leave the last hidden state packed, ``(total, N)``.
+    def encode_packed(
+        self, model: nn.Module, inputs: dict[str, Any], first_token_alone: bool
+    ) -> Tensor:
+        """Run one call fast and leave the last hidden state packed, ``(total, N)``, or ``(B, N)``
+        of the first tokens.
 
         Raises:
             NotFastError: it can't run fast; nothing is counted.
         """
         call = read_arguments(self.original, model.config, (), inputs)
-        hidden, _ = self._encode(model, call, reads_first=False, collect=None)
+        hidden, _ = self._encode(
+            model, call, reads_first=False, collect=None, first_token_alone=first_token_alone
+        )
         self.counts.count_fast()
         return hidden
 
@@ -158,8 +164,9 @@ class EncoderState:
         has_pooler = getattr(model, "pooler", None) is not None
         reads_first = has_pooler or self.pools_first
         collect: list[Tensor] | None = [] if call.output_hidden_states else None
-        hidden, batch = self._encode(model, call, reads_first, collect)
-        last = batch.unpack(hidden)
+        first_alone = collect is None and wants_first_token_alone(model)
+        hidden, batch = self._encode(model, call, reads_first, collect, first_alone)
+        last = hidden.unsqueeze(1) if first_alone else batch.unpack(hidden)
         pooled = self.family.pool(model, last) if has_pooler else None
         states = None
         if collect is not None:
@@ -167,9 +174,14 @@ class EncoderState:
         return self._output(call, last, pooled, states)
 
     def _encode(
-        self, model: nn.Module, call: Arguments, reads_first: bool, collect: list[Tensor] | None
+        self,
+        model: nn.Module,
+        call: Arguments,
+        reads_first: bool,
+        collect: list[Tensor] | None,
+        first_token_alone: bool,
     ) -> tuple[Tensor, PackedBatch]:
-        """The last hidden state, packed, and how it is packed."""
+        """The last hidden state, packed, and how it is packed; see :func:`engine.encode`."""
         _check_mode(model, call)
         reading = self._current_reading(model)
         _check_attention(model.config, reading.spec)
@@ -183,7 +195,8 @@ class EncoderState:
         hidden = _embed(call, spec, weights, backend, batch)
         if collect is not None:
             collect.append(hidden)
-        return engine.encode(spec, weights, backend, batch, hidden, collect), batch
+        last = engine.encode(spec, weights, backend, batch, hidden, collect, first_token_alone)
+        return last, batch
 
     def _current_reading(self, model: nn.Module) -> _Reading:
         reading = self._reading
