@@ -15,7 +15,7 @@ def call_for(family: str, head: str, kind: str) -> dict:
     call = inputs(kind)
     if family == "distilbert":
         del call["token_type_ids"]
-    if family in ("roberta", "xlm_roberta", "camembert"):
+    if family in zoo.ROBERTAS:
         call["token_type_ids"].zero_()
         if "attention_mask" in call:
             # as a tokenizer pads; the positions go by the ids
@@ -93,7 +93,7 @@ def test_behaviour(family: str, tmp_path: object) -> None:
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_too_long_names_the_limit(family: str) -> None:
     model = encoder_fast.patch(zoo.build(family))
-    limit = 38 if "roberta" in family or family == "camembert" else 40
+    limit = 38 if family in zoo.ROBERTAS else 40
     ids = torch.full((1, limit + 1), 5, device=DEVICE)
     with torch.inference_mode(), pytest.raises(ValueError, match=f"limit of {limit} positions"):
         model(ids)

@@ -31,6 +31,7 @@ FAMILIES = {
     "bert": ("BertConfig", _BERT_SIZES, "Bert", (*_TOKEN_AND_TEXT, "ForPreTraining")),
     "roberta": ("RobertaConfig", _ROBERTA, "Roberta", _TOKEN_AND_TEXT),
     "xlm_roberta": ("XLMRobertaConfig", _ROBERTA, "XLMRoberta", _TOKEN_AND_TEXT),
+    "xlm_roberta_xl": ("XLMRobertaXLConfig", _ROBERTA, "XLMRobertaXL", _TOKEN_AND_TEXT),
     "camembert": ("CamembertConfig", _ROBERTA, "Camembert", _TOKEN_AND_TEXT),
     "distilbert": (
         "DistilBertConfig",
@@ -58,6 +59,9 @@ FAMILIES = {
         (*_TOKEN_AND_TEXT, "ForPreTraining"),
     ),
 }
+
+# Their positions go by the ids.
+ROBERTAS = ("roberta", "xlm_roberta", "xlm_roberta_xl", "camembert")
 
 CASES = [(family, head) for family, (*_, heads) in FAMILIES.items() for head in heads]
 

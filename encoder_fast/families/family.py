@@ -113,6 +113,7 @@ def facts(model: Any) -> tuple:
     return (
         getattr(config, "num_hidden_layers", None),
         getattr(config, "position_embedding_type", None),
+        getattr(config, "tie_last_hidden_states", None),
         type(pooler),
         *(
             (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
@@ -120,6 +121,12 @@ def facts(model: Any) -> tuple:
             if buffer is not None
         ),
     )
+
+
+def last_state_is_normed(model: Any) -> bool:
+    """Whether a model of transformers 5 gives, as the last of its hidden states, the last hidden
+    state itself; else it gives what the last layer did, ahead of any norm after it."""
+    return getattr(model.config, "tie_last_hidden_states", None) is not False
 
 
 def expect(module: nn.Module, *names: str) -> nn.Module:
