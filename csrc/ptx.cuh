@@ -63,6 +63,22 @@ EF_DEVICE float to_float(BFloat16 x) {
 #endif
 }
 
+EF_DEVICE float bits_to_float(uint32_t bits) {
+#ifdef ENCODER_FAST_HOST
+    return emulation::reinterpret<float>(bits);
+#else
+    return __uint_as_float(bits);
+#endif
+}
+
+EF_DEVICE uint32_t float_to_bits(float x) {
+#ifdef ENCODER_FAST_HOST
+    return emulation::reinterpret<uint32_t>(x);
+#else
+    return __float_as_uint(x);
+#endif
+}
+
 // Two neighbours of a row, as one register holds them: the first in the low half.
 template <class T>
 EF_DEVICE float2 unpack2(uint32_t pair) {
@@ -106,6 +122,15 @@ EF_DEVICE float from_float<float>(float x) {
     return x;
 }
 
+// To 2 units in the last place.
+EF_DEVICE float reciprocal_sqrt(float x) {
+#ifdef ENCODER_FAST_HOST
+    return 1.0f / std::sqrt(x);
+#else
+    return rsqrtf(x);
+#endif
+}
+
 // 2^x to 2 units in the last place; results below the smallest normal float are 0.
 EF_DEVICE float exp2_approx(float x) {
 #ifdef ENCODER_FAST_HOST
@@ -119,6 +144,15 @@ EF_DEVICE float exp2_approx(float x) {
 
 EF_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 EF_DEVICE int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+// The same number, but the compiler no longer knows where it is from: what a loop computes from it
+// is computed there each time, instead of taking up registers around the loop.
+EF_DEVICE int opaque(int x) {
+#ifndef ENCODER_FAST_HOST
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
 
 // A barrier for all threads of the block; shared memory written before it is seen after it.
 EF_DEVICE void sync_threads() {
@@ -241,13 +275,13 @@ EF_DEVICE BFloat16 load_global(const BFloat16* source) {
     return BFloat16{load_global(reinterpret_cast<const uint16_t*>(source))};
 }
 
-// Memory that this launch writes too, such as a work counter.
+// The same for memory that this launch writes too.
 template <class T>
-EF_DEVICE T load_global_volatile(const T* source) {
+EF_DEVICE T load_global_coherent(const T* source) {
 #ifdef ENCODER_FAST_HOST
     return emulation::load_global(source);
 #else
-    return *const_cast<const volatile T*>(source);
+    return *source;
 #endif
 }
 
@@ -328,6 +362,20 @@ EF_DEVICE void store_shared(SharedAddress target, T value) {
                      "r"(word[1]), "r"(word[2]), "r"(word[3])
                      : "memory");
     }
+#endif
+}
+
+// Returns what was there before.
+EF_DEVICE int atomic_add_shared(SharedAddress target, int value) {
+#ifdef ENCODER_FAST_HOST
+    return emulation::atomic_add_shared(target, value);
+#else
+    int before;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(target), "r"(value)
+                 : "memory");
+    return before;
 #endif
 }
 
