@@ -57,6 +57,7 @@ struct Access {
 
 struct Word {
     Access write;
+    bool atomic = false;  // the last write was
     bool copy_under_way = false;
 };
 
@@ -185,8 +186,9 @@ void check_ordered(const Access& earlier, const char* what, uint32_t address) {
     }
 }
 
-// Checks and notes an access to shared memory by this thread, or on its behalf.
-void access_shared(uint32_t address, size_t bytes, bool write) {
+// Checks and notes an access to shared memory by this thread, or on its behalf. Atomic writes need
+// no order among themselves.
+void access_shared(uint32_t address, size_t bytes, bool write, bool atomic = false) {
     if (address + bytes > shared.size()) {
         fail("shared access of " + std::to_string(bytes) + " bytes at " + std::to_string(address) +
              ", the block has " + std::to_string(shared.size()));
@@ -204,13 +206,14 @@ void access_shared(uint32_t address, size_t bytes, bool write) {
             fail("access to shared address " + std::to_string(4 * i) +
                  ", where a cp.async has not been waited for");
         }
-        check_ordered(word.write, write ? "writes" : "reads", 4 * i);
+        if (!atomic || !word.atomic) check_ordered(word.write, write ? "writes" : "reads", 4 * i);
         if (write) {
             for (size_t w = 0; w < warps; w++) {
                 check_ordered(read[w], "writes", 4 * i);
                 read[w] = Access{};
             }
             word.write = now;
+            word.atomic = atomic;
         } else {
             read[self->id / 32] = now;
         }
@@ -322,6 +325,15 @@ void load_shared(uint32_t address, void* value, size_t bytes) {
 void store_shared(uint32_t address, const void* value, size_t bytes) {
     access_shared(address, bytes, true);
     std::memcpy(&shared[address], value, bytes);
+}
+
+int atomic_add_shared(uint32_t address, int value) {
+    access_shared(address, sizeof(int), true, true);
+    int before;
+    std::memcpy(&before, &shared[address], sizeof(int));
+    const int after = before + value;
+    std::memcpy(&shared[address], &after, sizeof(int));
+    return before;
 }
 
 void cp_async(uint32_t target, const void* source, size_t bytes, size_t source_bytes) {

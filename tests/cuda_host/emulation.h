@@ -84,6 +84,7 @@ void store_global(T* target, T value) {
 
 void load_shared(uint32_t address, void* value, size_t bytes);
 void store_shared(uint32_t address, const void* value, size_t bytes);
+int atomic_add_shared(uint32_t address, int value);
 void cp_async(uint32_t target, const void* source, size_t bytes, size_t source_bytes);
 void cp_async_commit();
 void cp_async_wait(size_t groups);
@@ -121,6 +122,14 @@ T shuffle(T value, int source_lane, uint32_t lanes) {
         }
     });
     return mine.result;
+}
+
+template <class To, class From>
+To reinterpret(From from) {
+    static_assert(sizeof(To) == sizeof(From), "the same bits");
+    To to;
+    std::memcpy(&to, &from, sizeof to);
+    return to;
 }
 
 float half_to_float(uint32_t bits);
