@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from encoder_fast.ops import add_layer_norm, attention, embed_layer_norm, linear
 from encoder_fast.ops.linear import PreparedLinear
 from encoder_fast.packing import PackedBatch
-from encoder_fast.spec import EmbeddingSpec, EncoderSpec
-from encoder_fast.weights import EncoderWeights
+from encoder_fast.spec import AttentionSpec, EmbeddingSpec, EncoderSpec
+from encoder_fast.weights import EncoderWeights, LayerWeights
 
 
 def embed(
@@ -38,14 +38,15 @@ def embed(
         token_type_ids = None
     elif token_type_ids is None:
         token_type_ids = torch.zeros_like(position_ids)
+    position_table = None if spec.position is None else spec.position.weight
     norm = spec.norm
-    if inputs_embeds is None:
+    if inputs_embeds is None and norm is not None:
         hidden = embed_layer_norm.operator.run(
             input_ids,
-            position_ids,
+            None if position_table is None else position_ids,
             token_type_ids,
             spec.word.weight,
-            spec.position.weight,
+            position_table,
             type_table,
             norm.weight,
             norm.bias,
@@ -53,10 +54,16 @@ def embed(
             backend,
         )
     else:
-        if type_table is not None and token_type_ids is not None:
-            inputs_embeds = inputs_embeds + F.embedding(token_type_ids, type_table)
-        positions = F.embedding(position_ids, spec.position.weight)
-        hidden = _add_norm(norm, inputs_embeds, positions, backend)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            hidden = F.embedding(input_ids, spec.word.weight)
+        else:
+            hidden = inputs_embeds
+        for ids, table in ((token_type_ids, type_table), (position_ids, position_table)):
+            if ids is not None and table is not None:
+                hidden = hidden + F.embedding(ids, table)
+        if norm is not None:
+            hidden = _add_norm(norm, hidden, None, backend)
     return hidden if projection is None else linear.run(hidden, projection, None, backend)
 
 
@@ -72,29 +79,62 @@ def encode(
 
     Args:
         hidden: ``(total, N)``, the embeddings.
-        collect: where given, each layer's output is appended to it.
+        collect: where given, each layer's output is appended to it, as the model returns it.
 
     Returns:
         ``(total, N)``, the last hidden state.
     """
-    for layer, prepared in zip(spec.layers, weights.layers, strict=True):
-        qkv = linear.run(hidden, prepared.qkv, None, backend)
-        # Read off the weights, not the config: a layer may have been pruned of heads.
-        num_heads = qkv.shape[1] // (3 * layer.head_size)
-        q, k, v = qkv.view(batch.total, 3, num_heads, layer.head_size).unbind(1)
-        context = attention.operator.run(
-            q, k, v, batch.cu_seqlens, batch.max_seqlen, layer.softmax_scale, backend
-        )
-        attended = linear.run(context.flatten(1), prepared.attention_out, None, backend)
-        hidden = _add_norm(layer.attention_norm, attended, hidden, backend)
+    # What goes into the next half of a layer, and what its output is added to. In post-norm order
+    # they are the same.
+    normed = residual = hidden
+    if spec.first_norm is not None:
+        normed = _add_norm(spec.first_norm, hidden, None, backend)
+    keeps_sum = spec.norm_order == "pre"
+    last = len(spec.layers) - 1
+    stages = zip(spec.layers, weights.layers, spec.norms, strict=True)
+    for index, (layer, prepared, (norm_after_attention, norm_after_ffn)) in enumerate(stages):
+        context = _attend(layer.attention, prepared, backend, batch, normed)
+        attended = linear.run(context, prepared.attention_out, None, backend)
+        normed, residual = _join(norm_after_attention, attended, residual, keeps_sum, backend)
         transformed = linear.run_feed_forward(
-            hidden, prepared.feed_forward, layer.activation, backend
+            normed, prepared.feed_forward, layer.activation, backend
         )
-        hidden = _add_norm(layer.ffn_norm, transformed, hidden, backend)
+        if index == last and collect is None:
+            keeps_sum = False
+        normed, residual = _join(norm_after_ffn, transformed, residual, keeps_sum, backend)
         if collect is not None:
-            collect.append(hidden)
-    return hidden
+            collect.append(normed if index == last and spec.normed_last_state else residual)
+    return normed
 
 
-def _add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor, backend: str) -> Tensor:
+def _attend(
+    spec: AttentionSpec, prepared: LayerWeights, backend: str, batch: PackedBatch, hidden: Tensor
+) -> Tensor:
+    """The context of each token, ``(total, H · D)``, by the layer's kind of attention."""
+    qkv = linear.run(hidden, prepared.qkv, None, backend)
+    # Read off the weights, not the config: a layer may have been pruned of heads.
+    num_heads = qkv.shape[1] // (3 * spec.head_size)
+    q, k, v = qkv.view(batch.total, 3, num_heads, spec.head_size).unbind(1)
+    return attention.operator.run(
+        q, k, v, batch.cu_seqlens, batch.max_seqlen, spec.softmax_scale, backend
+    ).flatten(1)
+
+
+def _join(
+    norm: nn.LayerNorm | None, x: Tensor, residual: Tensor, keeps_sum: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """``x + residual`` normalised, and what the next half's output is added to: with
+    ``keeps_sum`` the sum itself, else the same again."""
+    if norm is None:
+        total = x + residual
+        return total, total
+    if keeps_sum:
+        return add_layer_norm.sum_operator.run(
+            x, residual, norm.weight, norm.bias, norm.eps, None, backend
+        )
+    normed = _add_norm(norm, x, residual, backend)
+    return normed, normed
+
+
+def _add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
     return add_layer_norm.operator.run(x, residual, norm.weight, norm.bias, norm.eps, None, backend)

@@ -75,6 +75,7 @@ class MaskFacts:
         max_seqlen: the ones of the fullest row.
         is_binary: every value is 0 or 1.
         first_column_filled: no row with a token has a zero in column 0.
+        has_gaps: in some row a zero lies between two ones.
         ids_in_range: every real token's id is within the range asked about.
     """
 
@@ -82,6 +83,7 @@ class MaskFacts:
     max_seqlen: int
     is_binary: bool
     first_column_filled: bool
+    has_gaps: bool
     ids_in_range: bool
 
 
@@ -92,17 +94,20 @@ def read_mask(mask: Tensor, input_ids: Tensor | None = None, vocab_size: int = 0
     ``[0, vocab_size)``: on a GPU a wrong id otherwise kills the CUDA context.
     """
     if mask.numel() == 0:
-        return MaskFacts(0, 0, True, True, True)
+        return MaskFacts(0, 0, True, True, False, True)
     valid = mask != 0
     lengths = valid.sum(dim=1)
-    parts = [lengths.sum(), lengths.max(), ((lengths > 0) & ~valid[:, 0]).any().long()]
+    headless = ((lengths > 0) & ~valid[:, 0]).any()
+    # A row's ones are one run unless a one follows a zero more than once.
+    runs = valid[:, 0] + (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1)
+    parts = [lengths.sum(), lengths.max(), headless.long(), (runs > 1).any().long()]
     if mask.dtype != torch.bool:
         parts.append((valid & (mask != 1)).any().long())
     if input_ids is not None:
         parts.append((valid & ((input_ids < 0) | (input_ids >= vocab_size))).any().long())
-    total, longest, headless, *faults = torch.stack(parts).tolist()
+    total, longest, is_headless, has_gaps, *faults = torch.stack(parts).tolist()
     outside = bool(faults.pop()) if input_ids is not None else False
-    return MaskFacts(total, longest, not any(faults), not headless, not outside)
+    return MaskFacts(total, longest, not any(faults), not is_headless, bool(has_gaps), not outside)
 
 
 def pack(mask: Tensor, facts: MaskFacts | None = None) -> PackedBatch:

@@ -8,6 +8,7 @@ at the next call. No arithmetic happens here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -19,6 +20,7 @@ class EmbeddingSpec:
     """``LayerNorm(word[ids] + token_type[types] + position[positions])``, then the projection.
 
     Attributes:
+        position, token_type, norm: ``None`` where the model has none.
         position_padding_idx: where set, positions follow RoBERTa's rule: they count a row's ids
             other than this one, from ``position_padding_idx + 1``. Else a token's position is its
             column.
@@ -26,43 +28,73 @@ class EmbeddingSpec:
     """
 
     word: nn.Embedding
-    position: nn.Embedding
+    position: nn.Embedding | None
     token_type: nn.Embedding | None
-    norm: nn.LayerNorm
+    norm: nn.LayerNorm | None
     position_padding_idx: int | None = None
     projection: nn.Linear | None = None
 
     @property
-    def max_positions(self) -> int:
-        """The longest sequence that the position table can serve."""
+    def max_positions(self) -> int | None:
+        """The longest sequence that the position table can serve; ``None`` without a table."""
+        if self.position is None:
+            return None
         first = 0 if self.position_padding_idx is None else self.position_padding_idx + 1
         return self.position.weight.shape[0] - first
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSpec:
-    """One post-norm encoder layer.
+class SoftmaxAttention:
+    """``softmax(q kᵀ · scale) v`` over the keys of a sequence.
 
     Attributes:
-        attention: the module that holds the projections, for what it says of its own scale.
+        module: the module that holds the projections, for what it says of its own scale.
+        head_size: ``D``.
+        window_size: where set, a token attends to the keys at most so far from it, either way.
     """
 
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    attention: nn.Module
+    module: nn.Module
     head_size: int
-    attention_out: nn.Linear
-    attention_norm: nn.LayerNorm
-    ffn_in: nn.Linear
-    activation: Activation
-    ffn_out: nn.Linear
-    ffn_norm: nn.LayerNorm
+    window_size: int | None = None
 
     @property
     def softmax_scale(self) -> float:
         """The attention module's own ``scaling``, where it has one."""
-        return self.attention.__dict__.get("scaling", self.head_size**-0.5)
+        return self.module.__dict__.get("scaling", self.head_size**-0.5)
+
+    def sees_gaps(self, length: int) -> bool:
+        """Whether, in rows of ``length`` columns, padding between two tokens changes what they see.
+
+        Packed, tokens on both sides of a hole in the mask are neighbours.
+        """
+        return self.window_size is not None and length > self.window_size + 1
+
+
+# One kind of attention for each way to compute it; the engine chooses by type.
+AttentionSpec = SoftmaxAttention
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One encoder layer: attention and a feed-forward block.
+
+    Attributes:
+        projections: the linears that give Q, K and V: three of them, or one for all.
+        attention_norm, ffn_norm: after the half they are named for, or before it (see
+            :class:`EncoderSpec`); ``None`` where the model has none.
+        gated: ``ffn_in`` gives the inner features and then a gate for each:
+            ``ffn_out(activation(features) * gate)``.
+    """
+
+    projections: tuple[nn.Linear, ...]
+    attention: AttentionSpec
+    attention_out: nn.Linear
+    attention_norm: nn.LayerNorm | None
+    ffn_in: nn.Linear
+    activation: Activation
+    ffn_out: nn.Linear
+    ffn_norm: nn.LayerNorm | None
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +104,52 @@ class EncoderSpec:
     Attributes:
         embeddings: how tokens become the first hidden state.
         layers: the layers, in order.
+        norm_order: ``"post"``: each half of a layer is added to what went into it, and the sum is
+            normalised. ``"pre"``: each half runs on a normalised copy of the sum so far.
+        final_norm: in pre-norm order, the norm after the last layer.
+        normed_last_state: whether the last of the hidden states is what ``final_norm`` gives, or
+            what it gets.
     """
 
     embeddings: EmbeddingSpec
     layers: tuple[LayerSpec, ...]
+    norm_order: Literal["post", "pre"] = "post"
+    final_norm: nn.LayerNorm | None = None
+    normed_last_state: bool = True
+
+    @property
+    def first_norm(self) -> nn.LayerNorm | None:
+        """The norm between the embeddings and the first layer's attention."""
+        return self.layers[0].attention_norm if self.norm_order == "pre" and self.layers else None
+
+    @property
+    def norms(self) -> list[tuple[nn.LayerNorm | None, nn.LayerNorm | None]]:
+        """For each layer, the norm of the sum after its attention and of that after its
+        feed-forward, whichever module holds it."""
+        if self.norm_order == "post":
+            return [(layer.attention_norm, layer.ffn_norm) for layer in self.layers]
+        following = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
+        return [(layer.ffn_norm, norm) for layer, norm in zip(self.layers, following, strict=True)]
 
     @property
     def tables_and_norms(self) -> list[nn.Module]:
         """The modules whose parameters are used as they are, unlike the linears'."""
         embeddings = self.embeddings
-        tables = [embeddings.word, embeddings.position, embeddings.norm]
-        if embeddings.token_type is not None:
-            tables.append(embeddings.token_type)
-        norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)]
-        return [*tables, *norms]
+        modules: list[nn.Module | None] = [
+            embeddings.word,
+            embeddings.position,
+            embeddings.token_type,
+            embeddings.norm,
+            self.final_norm,
+        ]
+        for layer in self.layers:
+            modules += (layer.attention_norm, layer.ffn_norm)
+        return [module for module in modules if module is not None]
 
     @property
     def head_sizes(self) -> frozenset[int]:
-        return frozenset(layer.head_size for layer in self.layers)
+        return frozenset(layer.attention.head_size for layer in self.layers)
+
+    def sees_gaps(self, length: int) -> bool:
+        """Whether any layer does; see :meth:`SoftmaxAttention.sees_gaps`."""
+        return any(layer.attention.sees_gaps(length) for layer in self.layers)

@@ -80,7 +80,7 @@ class WeightCache:
         self._modules = [
             module
             for layer in self._distinct
-            for module in (*_qkv(layer), layer.attention_out, layer.ffn_in, layer.ffn_out)
+            for module in (*layer.projections, layer.attention_out, layer.ffn_in, layer.ffn_out)
         ]
         if self._projection is not None:
             self._modules.append(self._projection)
@@ -149,11 +149,17 @@ class WeightCache:
             weights = self._prepare([None] * len(self._distinct))
             known = self._prepared = _Prepared(identity, [], torch.empty(0), 0, weights)
         first_use = {id(layer): i for i, layer in reversed(list(enumerate(self._layers)))}
-        stacks = [known.weights.layers[first_use[id(layer)]].qkv for layer in self._distinct]
+        # A single projection for all of Q, K and V is used as it lies.
+        stacks = [
+            known.weights.layers[first_use[id(layer)]].qkv if len(layer.projections) > 1 else None
+            for layer in self._distinct
+        ]
         stacked: list[Tensor] = []
         live: list[Tensor] = []
         for layer, stack in zip(self._distinct, stacks, strict=True):
-            modules = _qkv(layer)
+            if stack is None:
+                continue
+            modules = layer.projections
             sizes = [module.weight.shape[0] for module in modules]
             stacked.extend(stack.weight.split(sizes))
             live.extend(module.weight.detach() for module in modules)
@@ -162,7 +168,8 @@ class WeightCache:
                     if module.bias is not None:
                         stacked.append(part)
                         live.append(module.bias.detach())
-        torch._foreach_copy_(stacked, live)
+        if stacked:
+            torch._foreach_copy_(stacked, live)
         return self._prepare(stacks)
 
     def _prepare(self, stacks: Sequence[PreparedLinear | None]) -> EncoderWeights:
@@ -182,20 +189,22 @@ class WeightCache:
     def _prepare_layer(self, layer: LayerSpec, stack: PreparedLinear | None) -> LayerWeights:
         backend, out = self._backend, layer.attention_out
         if stack is None:
-            modules = _qkv(layer)
+            modules = layer.projections
             stack = linear.prepare([m.weight for m in modules], [m.bias for m in modules], backend)
         ffn_in, ffn_out = layer.ffn_in, layer.ffn_out
         return LayerWeights(
             stack,
             linear.prepare([out.weight], [out.bias], backend),
             linear.prepare_feed_forward(
-                ffn_in.weight, ffn_in.bias, ffn_out.weight, ffn_out.bias, layer.activation, backend
+                ffn_in.weight,
+                ffn_in.bias,
+                ffn_out.weight,
+                ffn_out.bias,
+                layer.activation,
+                layer.gated,
+                backend,
             ),
         )
-
-
-def _qkv(layer: LayerSpec) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    return layer.query, layer.key, layer.value
 
 
 def _parameter(module: nn.Linear, name: str) -> Tensor | None:

@@ -1,13 +1,17 @@
 """LayerNorm of a sum, the step after each half of an encoder layer.
 
-    out = LayerNorm(x + x_bias + residual) * weight + bias
+    sum = x + x_bias + residual
+    out = LayerNorm(sum) * weight + bias
 
-    x, residual, out   (M, N), fp16, bf16 or fp32
-    the vectors        (N,), of any of these types
+    x, residual, out, sum   (M, N), fp16, bf16 or fp32
+    the vectors             (N,), of any of these types
 
 x is what a linear layer gave without its bias, residual what went into that half. One pass over
 memory: each element of x and residual is read once, each of out written once, 6 bytes an element in
 half precision. At about 10 floating point operations for these bytes memory bandwidth is the bound.
+
+An encoder that normalises ahead of each half goes on adding to the sum, which is then stored too,
+for 2 bytes more. What is normalised is the sum before it was rounded for that.
 
 An absent operand is None; Triton compiles the kernel without it.
 """
@@ -27,6 +31,17 @@ from encoder_fast.kernels.row_norm import (
 )
 
 
+@triton.jit
+def store_rows(
+    p_rows, b_pieces, o_m, m_m, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Store the pieces of contiguous rows, in the type of what is stored to."""
+    for i_piece in tl.static_range(len(b_pieces)):
+        o_n = piece_columns(i_piece, BLOCK_M, BLOCK_N)
+        b_row = b_pieces[i_piece].to(p_rows.dtype.element_ty)
+        tl.store(p_rows + o_m * N + o_n, b_row, mask=m_m & (o_n < N))
+
+
 # M is the number of tokens and changes with each batch: specialised on, its divisibility by 16
 # would cost a second compilation and gain nothing.
 @triton.jit(do_not_specialize=["M"])
@@ -37,6 +52,7 @@ def add_layer_norm_kernel(
     p_weight,
     p_bias,
     p_out,
+    p_sum,
     stride_x_row,
     stride_residual_row,
     M,
@@ -65,12 +81,13 @@ def add_layer_norm_kernel(
             b_h += tl.load(p_x_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)
         b_sum = b_sum + (b_h,)
 
+    # Apart from the loads above, none of which would be issued ahead of a store.
+    if p_sum is not None:
+        store_rows(p_sum, b_sum, o_m, m_m, N, BLOCK_M, BLOCK_N)
+
     b_y = layer_norm_row(b_sum, p_weight, p_bias, eps, N, BLOCK_M, BLOCK_N)
 
-    for i_piece in tl.static_range(triton.cdiv(N, BLOCK_N)):
-        o_n = piece_columns(i_piece, BLOCK_M, BLOCK_N)
-        b_out = b_y[i_piece].to(p_out.dtype.element_ty)
-        tl.store(p_out + o_m * N + o_n, b_out, mask=m_m & (o_n < N))
+    store_rows(p_out, b_y, o_m, m_m, N, BLOCK_M, BLOCK_N)
 
 
 def add_layer_norm(
@@ -81,10 +98,12 @@ def add_layer_norm(
     eps: float,
     *,
     x_bias: torch.Tensor | None = None,
+    sum_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """LayerNorm(x + x_bias + residual) * weight + bias, as a new contiguous (M, N) tensor.
 
     x and residual may have any row stride, their last stride is 1. None leaves an operand out.
+    sum_out, contiguous and of the type and shape of x, is overwritten with x + x_bias + residual.
     """
     M, N = x.shape
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
@@ -101,6 +120,7 @@ def add_layer_norm(
             weight,
             bias,
             out,
+            sum_out,
             stride_x_row,
             stride_residual_row,
             M,

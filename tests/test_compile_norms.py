@@ -43,7 +43,7 @@ def layer_norm_case(
 def add_layer_norm_case(N: int, dtype: str, vector_dtype: str, arch: int) -> CompileCase:
     signature = {f"p_{name}": f"*{dtype}:16" for name in ("x", "residual")}
     signature |= {f"stride_{name}_row": "i32" for name in ("x", "residual")}
-    signature |= {"p_x_bias": f"*{vector_dtype}:16", "M": "i32"}
+    signature |= {"p_x_bias": f"*{vector_dtype}:16", "p_sum": f"*{dtype}:16", "M": "i32"}
     return layer_norm_case("add_layer_norm", signature, N, dtype, vector_dtype, arch)
 
 

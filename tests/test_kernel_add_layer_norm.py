@@ -69,12 +69,21 @@ def check(
     with guarded_empty():
         out = add_layer_norm(x, residual, weight, bias, eps, x_bias=x_bias)
     assert out.shape == x.shape and out.dtype == x.dtype and out.is_contiguous()
+    sum_buffer = x.new_full((x.shape[0] + 3, x.shape[1]), torch.nan)
+    total = sum_buffer[: x.shape[0]]
+    beside = add_layer_norm(x, residual, weight, bias, eps, x_bias=x_bias, sum_out=total)
+    assert torch.equal(beside, out), "storing the sum changes nothing"
+    assert sum_buffer[x.shape[0] :].isnan().all(), "written beyond the last row"
 
     terms = [x, *(t for t in (residual,) if t is not None)]
     terms += [] if x_bias is None else [x_bias.expand_as(x)]
     reference = layer_norm_float64(terms, weight, bias, eps)
     bound = error_bound(eager(x, residual, weight, bias, eps, x_bias), reference)
     assert max_error(out, reference) <= bound
+    exact = torch.stack([term.double() for term in terms]).sum(0)
+    rounded = x if x_bias is None else x + x_bias.to(x.dtype)
+    rounded = rounded if residual is None else rounded + residual
+    assert max_error(total, exact) <= error_bound(rounded, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from berts import DEVICE, DTYPES
 
 from encoder_fast.backends import why_not
-from encoder_fast.ops.add_layer_norm import add_layer_norm
+from encoder_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_sum
 from encoder_fast.ops.attention import attention
 from encoder_fast.ops.embed_layer_norm import embed_layer_norm
-from encoder_fast.ops.linear import linear
+from encoder_fast.ops.linear import linear, prepare_feed_forward, run_feed_forward
 from encoder_fast.parity import compare
 
 BACKENDS = [
@@ -85,6 +85,12 @@ def test_add_layer_norm(backend: str, dtype: str) -> None:
     exact = F.layer_norm(wide[0] + wide[1] + wide[2], (48,), wide[3], wide[4], 1e-5)
     check(output, eager, exact)
 
+    normed, total = add_layer_norm_sum(
+        x, residual, weight, bias, 1e-5, x_bias=x_bias, backend=backend
+    )
+    assert torch.equal(normed, output)
+    check(total, x + x_bias + residual, wide[0] + wide[1] + wide[2])
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,6 +128,30 @@ def test_linear(backend: str, dtype: str, activation: str | None) -> None:
     check(output, act(F.linear(x, weight, bias)), exact)
 
 
+# 516 inner features are the least of these that the CPU backend cuts into slices.
+@pytest.mark.parametrize("inner", [24, 516])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feed_forward(backend: str, dtype: str, gated: bool, inner: int) -> None:
+    def random(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, device=DEVICE) / 7).to(DTYPES[dtype])
+
+    def block(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        w_in, b_in, w_out, b_out = weights
+        y = F.linear(x, w_in, b_in)
+        if gated:
+            features, gate = y.chunk(2, dim=-1)
+            return F.linear(F.gelu(features) * gate, w_out, b_out)
+        return F.linear(F.gelu(y), w_out, b_out)
+
+    rows = 2 * inner if gated else inner
+    x, weights = random(9, 48), (random(rows, 48), random(rows), random(48, inner), random(48))
+    prepared = prepare_feed_forward(*weights, "gelu", gated, backend)
+    output = run_feed_forward(x, prepared, "gelu", backend)
+    check(output, block(x, *weights), block(x.double(), *(w.double() for w in weights)))
+
+
 Q = torch.zeros(4, 2, 16)
 CU = torch.tensor([0, 4], dtype=torch.int32)
 X = torch.zeros(3, 8)
@@ -143,6 +173,7 @@ IDS = torch.zeros(3, dtype=torch.long)
         (lambda: attention(*[Q.double()] * 3, CU, 4, backend="cpu"), "'cpu' runs .*float64"),
         (lambda: add_layer_norm(X[0]), r"\(M, N\)"),
         (lambda: add_layer_norm(X, X[:2]), r"residual must be \(3, 8\)"),
+        (lambda: add_layer_norm_sum(X, X[:2]), r"residual must be \(3, 8\)"),
         (lambda: add_layer_norm(X.t()), "x's last stride must be 1"),
         (lambda: add_layer_norm(X, weight=torch.zeros(7)), r"weight must be .*\(8,\), got \(7,\)"),
         (lambda: embed_layer_norm(IDS, X, IDS), "position_ids and position go together"),
@@ -184,7 +215,8 @@ def test_no_gradient_is_lost_in_silence() -> None:
 def all_ops(x: torch.Tensor, ids: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
     q = x.view(-1, 1, 16)
     y = attention(q, q, q, cu, 4).flatten(1)
-    y = add_layer_norm(linear(y, x[:16], activation="gelu"), y)
+    y, total = add_layer_norm_sum(linear(y, x[:16], activation="gelu"), y)
+    y = add_layer_norm(y, total)
     return y + embed_layer_norm(ids, x)
 
 
@@ -196,7 +228,10 @@ def test_torch_compile_sees_no_graph_break() -> None:
     torch.testing.assert_close(compiled(x, ids, cu), all_ops(x, ids, cu))
 
 
-@pytest.mark.parametrize("name", ["attention", "add_layer_norm", "embed_layer_norm", "linear"])
+OPS = ["attention", "add_layer_norm", "add_layer_norm_sum", "embed_layer_norm", "linear"]
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_registration(name: str) -> None:
     x = torch.randn(4, 16, device=DEVICE)
     q, ids = x.view(4, 1, 16), torch.arange(4, device=DEVICE)
@@ -204,6 +239,7 @@ def test_registration(name: str) -> None:
     arguments = {
         "attention": (q, q, q, cumulative([3, 1]), 3, 0.25, backend),
         "add_layer_norm": (x, None, None, None, 1e-5, None, backend),
+        "add_layer_norm_sum": (x, x, None, None, 1e-5, None, backend),
         "embed_layer_norm": (ids, None, None, x, None, None, None, None, 1e-5, backend),
         "linear": (x, x, None, "gelu", backend),
     }[name]

@@ -133,3 +133,12 @@ def test_the_device_is_waited_for_at_most_once() -> None:
         pack_lengths([2, 0, 3], device="cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("row", "gaps"),
+    [("1111", 0), ("1100", 0), ("0011", 0), ("0110", 0), ("0000", 0), ("1011", 1), ("0101", 1)],
+)
+def test_gaps(row: str, gaps: int) -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [int(value) for value in row]], device=DEVICE)
+    assert read_mask(mask).has_gaps == bool(gaps)

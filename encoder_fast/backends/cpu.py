@@ -16,6 +16,7 @@ from torch import Tensor
 
 from encoder_fast.backends.linears import (
     Activation,
+    FeedForwardSlice,
     PreparedFeedForward,
     PreparedLinear,
     activate,
@@ -107,6 +108,18 @@ def add_layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def add_layer_norm_sum(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    total = (x if x_bias is None else x + x_bias) + residual
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+
+
 def embed_layer_norm(
     input_ids: Tensor,
     position_ids: Tensor | None,
@@ -170,37 +183,55 @@ def prepare_feed_forward(
     w_out: Tensor,
     b_out: Tensor | None,
     elementwise: bool,
+    gated: bool,
 ) -> PreparedFeedForward:
     w_in, w_out = w_in.detach(), w_out.detach()
-    inner = w_in.shape[0]
+    b_in = None if b_in is None else b_in.detach()
+    b_out = None if b_out is None else b_out.detach()
+    inner = w_out.shape[1]
     size = inner
     exact_sum_wanted = w_in.dtype == torch.float32 and has_onednn(torch.float32)
     if elementwise and exact_sum_wanted and inner >= _SLICE_FROM:
         count = max(2, -(-inner // _SLICE))
         size = -(-inner // count)
-    first_slice = (
-        _reorder(w_in[:size], None if b_in is None else b_in.detach()[:size]),
-        _reorder(w_out[:, :size], None if b_out is None else b_out.detach()),
-    )
-    others = (
-        (
-            _reorder(w_in[i : i + size], None if b_in is None else b_in.detach()[i : i + size]),
-            _reorder(w_out[:, i : i + size], None),
+
+    def rows(start: int, stop: int) -> PreparedLinear:
+        return _reorder(w_in[start:stop], None if b_in is None else b_in[start:stop])
+
+    slices = []
+    for start in range(0, inner, size):
+        stop = min(start + size, inner)
+        slices.append(
+            FeedForwardSlice(
+                rows(start, stop),
+                _reorder(w_out[:, start:stop], None if start else b_out),
+                rows(inner + start, inner + stop) if gated else None,
+            )
         )
-        for i in range(size, inner, size)
-    )
-    return PreparedFeedForward((first_slice, *others))
+    return PreparedFeedForward(tuple(slices), gated)
 
 
 def feed_forward_prepared(
     x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
 ) -> Tensor:
-    (w_in, w_out), *others = prepared.slices
-    y = linear_prepared(linear_prepared(x, w_in, activation), w_out, None)
-    for w_in, w_out in others:
-        inner = linear_prepared(x, w_in, activation)
-        y = torch.ops.mkldnn._linear_pointwise.binary(inner, y, w_out.weight, None, "add")
+    first, *others = prepared.slices
+    y = linear_prepared(_inner(x, first, activation), first.w_out, None)
+    for part in others:
+        inner = _inner(x, part, activation)
+        y = torch.ops.mkldnn._linear_pointwise.binary(inner, y, part.w_out.weight, None, "add")
     return y
+
+
+def _inner(x: Tensor, part: FeedForwardSlice, activation: Activation | None) -> Tensor:
+    features = linear_prepared(x, part.w_in, activation)
+    if part.gate is None:
+        return features
+    if part.gate.fused and x.dtype == part.gate.dtype:
+        # multiplied in the GEMM's epilogue
+        return torch.ops.mkldnn._linear_pointwise.binary(
+            x, features, part.gate.weight, part.gate.bias, "mul"
+        )
+    return features * linear_prepared(x, part.gate, None)
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:

@@ -43,14 +43,30 @@ class PreparedLinear:
 
 
 @dataclass(frozen=True, slots=True)
+class FeedForwardSlice:
+    """The linears of some of the inner features of a feed-forward block.
+
+    Attributes:
+        gate: of a gated block, where it is kept apart; else ``w_in`` gives the features and then
+            their gates.
+    """
+
+    w_in: PreparedLinear
+    w_out: PreparedLinear
+    gate: PreparedLinear | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedFeedForward:
     """``W_out · activation(W_in · x + b_in) + b_out`` as a sum over slices of the inner features.
 
     Attributes:
-        slices: the two linears of each slice; ``b_out`` is with the first.
+        slices: ``b_out`` is with the first.
+        gated: the activated features are multiplied with their gates ahead of ``W_out``.
     """
 
-    slices: tuple[tuple[PreparedLinear, PreparedLinear], ...]
+    slices: tuple[FeedForwardSlice, ...]
+    gated: bool = False
 
 
 def stack_linears(
@@ -89,19 +105,30 @@ def linear_prepared(x: Tensor, prepared: PreparedLinear, activation: Activation 
     return activate(F.linear(x, prepared.weight, prepared.bias), activation)
 
 
+def activate_and_gate(x: Tensor, activation: Activation | None) -> Tensor:
+    """``activation(features) * gate`` of the two halves of the columns."""
+    features, gate = x.chunk(2, dim=-1)
+    return activate(features, activation) * gate
+
+
 def prepare_feed_forward(
     w_in: Tensor,
     b_in: Tensor | None,
     w_out: Tensor,
     b_out: Tensor | None,
     elementwise: bool,
+    gated: bool,
 ) -> PreparedFeedForward:
-    both = prepare_linear([w_in], [b_in]), prepare_linear([w_out], [b_out])
-    return PreparedFeedForward((both,))
+    whole = FeedForwardSlice(prepare_linear([w_in], [b_in]), prepare_linear([w_out], [b_out]))
+    return PreparedFeedForward((whole,), gated)
 
 
 def feed_forward_prepared(
     x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
 ) -> Tensor:
-    ((w_in, w_out),) = prepared.slices
-    return linear_prepared(linear_prepared(x, w_in, activation), w_out, None)
+    (whole,) = prepared.slices
+    if prepared.gated:
+        inner = activate_and_gate(linear_prepared(x, whole.w_in, None), activation)
+    else:
+        inner = linear_prepared(x, whole.w_in, activation)
+    return linear_prepared(inner, whole.w_out, None)

@@ -22,6 +22,7 @@ from encoder_fast.backends.linears import (
 
 __all__ = [
     "add_layer_norm",
+    "add_layer_norm_sum",
     "attention",
     "embed_layer_norm",
     "feed_forward_prepared",
@@ -62,17 +63,34 @@ def add_layer_norm(
     eps: float,
     x_bias: Tensor | None,
 ) -> Tensor:
-    total = _wide(x)
-    for term in (x_bias, residual):
-        if term is not None:
-            total = total + _wide(term)
+    return _layer_norm(_sum(x, x_bias, residual), weight, bias, eps).to(x.dtype)
+
+
+def add_layer_norm_sum(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    total = _sum(x, x_bias, residual)
+    return _layer_norm(total, weight, bias, eps).to(x.dtype), total.to(x.dtype)
+
+
+def _sum(*terms: Tensor | None) -> Tensor:
+    wide = [_wide(term) for term in terms if term is not None]
+    return torch.stack(torch.broadcast_tensors(*wide)).sum(dim=0)
+
+
+def _layer_norm(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     centred = total - total.mean(dim=-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
     if weight is not None:
         normed = normed * _wide(weight)
     if bias is not None:
         normed = normed + _wide(bias)
-    return normed.to(x.dtype)
+    return normed
 
 
 def embed_layer_norm(
@@ -90,7 +108,7 @@ def embed_layer_norm(
     for ids, table in ((token_type_ids, token_type), (position_ids, position)):
         if ids is not None and table is not None:
             total = total + _wide(F.embedding(ids, table))
-    return add_layer_norm(total, None, weight, bias, eps, None).to(word.dtype)
+    return _layer_norm(total, weight, bias, eps).to(word.dtype)
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:

@@ -21,6 +21,7 @@ from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
 
 __all__ = [
     "add_layer_norm",
+    "add_layer_norm_sum",
     "attention",
     "embed_layer_norm",
     "feed_forward_prepared",
@@ -51,6 +52,21 @@ def add_layer_norm(
     x_bias: Tensor | None,
 ) -> Tensor:
     return add_layer_norm_kernel.add_layer_norm(x, residual, weight, bias, eps, x_bias=x_bias)
+
+
+def add_layer_norm_sum(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = add_layer_norm_kernel.add_layer_norm(
+        x, residual, weight, bias, eps, x_bias=x_bias, sum_out=total
+    )
+    return normed, total
 
 
 def embed_layer_norm(

@@ -87,8 +87,9 @@ def show(running: Demo, console: Console) -> DemoResult:
             _show_batch(batch, console)
             batches.append(batch)
     console.print(
-        f"All run in turn; 1.00x is {batches[0].baseline}. The spread, from the 20th to the 80th "
-        "percentile of the rounds, says how busy the machine was."
+        "All run in turn, twice each, and the second call counts; 1.00x is "
+        f"{batches[0].baseline}. The spread, from the 20th to the 80th percentile of the rounds, "
+        "says how busy the machine was."
     )
     answers = running.search()
     _show_answers(answers, console)

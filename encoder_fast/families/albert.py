@@ -20,7 +20,7 @@ from encoder_fast.families.family import (
     expect_linear,
     read_activation,
 )
-from encoder_fast.spec import EncoderSpec, LayerSpec
+from encoder_fast.spec import EncoderSpec, LayerSpec, SoftmaxAttention
 
 
 def read(model: Any) -> EncoderSpec:
@@ -51,11 +51,12 @@ def _read_group(group: Any) -> LayerSpec:
     layer = expect(group.albert_layers[0], "AlbertLayer")
     attention = expect(layer.attention, "AlbertAttention", "AlbertSdpaAttention")
     return LayerSpec(
-        query=expect_linear(attention.query),
-        key=expect_linear(attention.key),
-        value=expect_linear(attention.value),
-        attention=attention,
-        head_size=attention.attention_head_size,
+        projections=(
+            expect_linear(attention.query),
+            expect_linear(attention.key),
+            expect_linear(attention.value),
+        ),
+        attention=SoftmaxAttention(attention, attention.attention_head_size),
         attention_out=expect_linear(attention.dense),
         attention_norm=expect_layer_norm(attention.LayerNorm),
         ffn_in=expect_linear(layer.ffn),

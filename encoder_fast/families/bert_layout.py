@@ -17,7 +17,7 @@ from encoder_fast.families.family import (
     expect_linear,
     read_activation,
 )
-from encoder_fast.spec import EmbeddingSpec, LayerSpec
+from encoder_fast.spec import EmbeddingSpec, LayerSpec, SoftmaxAttention
 
 
 def check_absolute_positions(config: Any) -> None:
@@ -68,11 +68,12 @@ def _read_layer(layer: Any, prefix: str) -> LayerSpec:
     ffn_in = expect(layer.intermediate, f"{prefix}Intermediate")
     ffn_out = expect(layer.output, f"{prefix}Output")
     return LayerSpec(
-        query=expect_linear(attention.query),
-        key=expect_linear(attention.key),
-        value=expect_linear(attention.value),
-        attention=attention,
-        head_size=attention.attention_head_size,
+        projections=(
+            expect_linear(attention.query),
+            expect_linear(attention.key),
+            expect_linear(attention.value),
+        ),
+        attention=SoftmaxAttention(attention, attention.attention_head_size),
         attention_out=expect_linear(attention_out.dense),
         attention_norm=expect_layer_norm(attention_out.LayerNorm),
         ffn_in=expect_linear(ffn_in.dense),

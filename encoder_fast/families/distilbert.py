@@ -14,7 +14,7 @@ from encoder_fast.families.family import (
     expect_linear,
     read_activation,
 )
-from encoder_fast.spec import EmbeddingSpec, EncoderSpec, LayerSpec
+from encoder_fast.spec import EmbeddingSpec, EncoderSpec, LayerSpec, SoftmaxAttention
 
 
 def read(model: Any) -> EncoderSpec:
@@ -43,11 +43,12 @@ def _read_layer(layer: Any) -> LayerSpec:
     )
     ffn = expect(layer.ffn, "FFN")
     return LayerSpec(
-        query=expect_linear(attention.q_lin),
-        key=expect_linear(attention.k_lin),
-        value=expect_linear(attention.v_lin),
-        attention=attention,
-        head_size=attention.attention_head_size,
+        projections=(
+            expect_linear(attention.q_lin),
+            expect_linear(attention.k_lin),
+            expect_linear(attention.v_lin),
+        ),
+        attention=SoftmaxAttention(attention, attention.attention_head_size),
         attention_out=expect_linear(attention.out_lin),
         attention_norm=expect_layer_norm(layer.sa_layer_norm),
         ffn_in=expect_linear(ffn.lin1),

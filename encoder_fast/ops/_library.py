@@ -20,14 +20,14 @@ _LIBRARY = torch.library.Library("encoder_fast", "DEF")
 class Operator:
     """``encoder_fast::<name>``; its last argument is the name of a backend."""
 
-    def __init__(self, schema: str, fake: Callable[..., Tensor]) -> None:
+    def __init__(self, schema: str, fake: Callable[..., Any]) -> None:
         self.name = schema.split("(", 1)[0]
         _LIBRARY.define(schema)
         _LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"encoder_fast::{self.name}", fake, lib=_LIBRARY)
-        self.dispatch: Callable[..., Tensor] = getattr(torch.ops.encoder_fast, self.name).default
+        self.dispatch: Callable[..., Any] = getattr(torch.ops.encoder_fast, self.name).default
 
-    def run(self, *arguments: Any) -> Tensor:
+    def run(self, *arguments: Any) -> Any:
         """What the engine calls: the backend itself, past the dispatcher, which takes longer than
         the smallest kernels."""
         return getattr(load(arguments[-1]), self.name)(*arguments[:-1])

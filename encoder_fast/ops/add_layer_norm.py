@@ -1,6 +1,7 @@
 """Residual addition and LayerNorm in one pass.
 
-``LayerNorm(x + x_bias + residual)`` (Ba et al. 2016, https://arxiv.org/abs/1607.06450).
+``LayerNorm(x + x_bias + residual)`` (Ba et al. 2016, https://arxiv.org/abs/1607.06450), and for
+encoders that normalise ahead of each step, the sum beside it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,39 @@ def add_layer_norm(
         ValueError: shapes, strides, dtypes or devices don't fit.
         BackendUnavailableError: the backend can't run there.
     """
+    name = _validated("add_layer_norm", x, residual, weight, bias, x_bias, backend)
+    return operator.dispatch(x, residual, weight, bias, eps, x_bias, name)
+
+
+def add_layer_norm_sum(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-12,
+    *,
+    x_bias: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Add, then normalise each row, and give back both: ``(normalised, sum)``.
+
+    Arguments and errors are those of :func:`add_layer_norm`. The sum is rounded to x's dtype once;
+    what is normalised is the sum before that.
+    """
+    name = _validated("add_layer_norm_sum", x, residual, weight, bias, x_bias, backend)
+    return sum_operator.dispatch(x, residual, weight, bias, eps, x_bias, name)
+
+
+def _validated(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x_bias: Tensor | None,
+    backend: str,
+) -> str:
+    """Check the operands; returns the name of the backend."""
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x must have shape (M, N) with N > 0, got {tuple(x.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -52,11 +86,11 @@ def add_layer_norm(
         check_vector(name, vector, x.shape[1], x.device)
     if residual is not None and residual.device != x.device:
         raise ValueError(f"residual is on {residual.device}, x on {x.device}")
-    forbid_grad("add_layer_norm", x, residual, weight, bias, x_bias)
+    forbid_grad(op, x, residual, weight, bias, x_bias)
     name, _ = resolve(backend, x.device)
     check_dtype(name, x.dtype)
     check_width(name, x.shape[1])
-    return operator.dispatch(x, residual, weight, bias, eps, x_bias, name)
+    return name
 
 
 def check_vector(name: str, vector: Tensor | None, size: int, device: torch.device) -> None:
@@ -83,4 +117,10 @@ operator = Operator(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, "
     "Tensor? x_bias, str backend) -> Tensor",
     fake=lambda x, *_: x.new_empty(x.shape),
+)
+
+sum_operator = Operator(
+    "add_layer_norm_sum(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
+    "Tensor? x_bias, str backend) -> (Tensor, Tensor)",
+    fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )

@@ -93,20 +93,23 @@ def prepare_feed_forward(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: Activation,
+    gated: bool,
     backend: str,
 ) -> PreparedFeedForward:
     """The two linears of a feed-forward block in the form the backend wants; see ``prepare``.
 
-    Only a named activation is known to work element by element, so that the block may be sliced.
+    Of a gated block ``w_in`` holds the rows of the features and then those of their gates. Only a
+    named activation is known to work element by element, so that the block may be sliced.
     """
     elementwise = isinstance(activation, str)
-    return load(backend).prepare_feed_forward(w_in, b_in, w_out, b_out, elementwise)
+    return load(backend).prepare_feed_forward(w_in, b_in, w_out, b_out, elementwise, gated)
 
 
 def run_feed_forward(
     x: Tensor, prepared: PreparedFeedForward, activation: Activation | None, backend: str
 ) -> Tensor:
-    """``W_out · activation(W_in · x + b_in) + b_out`` for the engine; nothing is checked."""
+    """``W_out · activation(W_in · x + b_in) + b_out`` for the engine, or of a gated block
+    ``W_out · (activation(features) * gate) + b_out``; nothing is checked."""
     return load(backend).feed_forward_prepared(x, prepared, activation)
 
 

@@ -163,7 +163,7 @@ class EncoderState:
         pooled = self.family.pool(model, last) if has_pooler else None
         states = None
         if collect is not None:
-            states = (*(batch.unpack(state) for state in collect[:-1]), last)
+            states = tuple(last if state is hidden else batch.unpack(state) for state in collect)
         return self._output(call, last, pooled, states)
 
     def _encode(
@@ -239,7 +239,7 @@ def _check_attention(config: Any, spec: EncoderSpec) -> None:
     if implementation not in _ATTENTIONS:
         raise NotFastError(f"attn_implementation={implementation!r}")
     for layer in spec.layers:
-        attributes = layer.attention.__dict__
+        attributes = layer.attention.module.__dict__
         if attributes.get("is_causal") or attributes.get("is_decoder"):
             raise NotFastError("a causal attention module")
 
@@ -325,6 +325,8 @@ def _pack(
         # Where column 0 is padding, the original pools the state of a padding token that
         # attends to the text, and this path has no such token.
         raise NotFastError("a pooler over a padded first column (left padding)")
+    if facts.has_gaps and spec.sees_gaps(shape[1]):
+        raise NotFastError("a mask with holes, and attention that goes by distance")
     if skips_padding:
         _check_length(call, facts.max_seqlen, spec)
     return pack(mask, facts)
@@ -332,7 +334,7 @@ def _pack(
 
 def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:
     limit = spec.embeddings.max_positions
-    if call.position_ids is None and length > limit:
+    if limit is not None and call.position_ids is None and length > limit:
         raise ValueError(f"input of length {length} exceeds the model's limit of {limit} positions")
 
 
