@@ -19,6 +19,22 @@ def _call_pooler(model: Any, hidden: Tensor) -> Tensor:
     return model.pooler(hidden)
 
 
+def facts(model: Any) -> tuple:
+    """What a spec was read from beside the modules of the stack: cheap to compare at each call."""
+    config, pooler = model.config, getattr(model, "pooler", None)
+    return (
+        getattr(config, "num_hidden_layers", None),
+        getattr(config, "position_embedding_type", None),
+        getattr(config, "tie_last_hidden_states", None),
+        type(pooler),
+        *(
+            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
+            for buffer in model.embeddings._buffers.values()
+            if buffer is not None
+        ),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One architecture.
@@ -33,6 +49,7 @@ class Family:
             the reason where this particular model can't run fast.
         pool: from a model that has a pooler, and its last hidden state ``(B, S, N)``, to the pooled
             output. It calls the model's own modules, so that their hooks run.
+        facts: what a spec was read from beside the modules of the stack, to compare at each call.
         first_token_heads: the classes of models whose head reads column 0 of the hidden states
             and nothing else of them; each with the class of the child that does it, or ``None``
             where the model's own forward or the encoder's pooler does.
@@ -45,6 +62,7 @@ class Family:
     stack: tuple[str, ...]
     read: Callable[[nn.Module], EncoderSpec]
     pool: Callable[[Any, Tensor], Tensor] = _call_pooler
+    facts: Callable[[Any], tuple] = facts
     first_token_heads: Mapping[str, str | None] = field(default_factory=dict)
 
     def matches(self, cls: Any) -> bool:
@@ -66,6 +84,9 @@ class Family:
 
     def reads_first_token_alone(self, cls: Any, model: nn.Module) -> bool:
         """Whether ``model``, of class ``cls``, has one of ``first_token_heads`` as it came."""
+        # ModernBERT's can be told to take the mean
+        if getattr(getattr(model, "config", None), "classifier_pooling", "cls") != "cls":
+            return False
         for name in self._names_of_head(cls):
             if name in self.first_token_heads:
                 reader = self.first_token_heads[name]
@@ -102,25 +123,16 @@ def is_library_code(function: Any) -> bool:
     """Whether a function is one of transformers or PyTorch, and not a user's in its place.
 
     Goes by the module that the code was compiled in: ``functools.wraps`` copies a function's name
-    and ``__module__`` to whatever replaces it, but not that.
+    and ``__module__`` to whatever replaces it, but not that. What ``torch.no_grad`` decorates is
+    looked at itself.
     """
-    return getattr(function, "__globals__", {}).get("__name__", "").startswith(_LIBRARIES)
+    while _home(function) == "torch.utils._contextlib" and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return _home(function).startswith(_LIBRARIES)
 
 
-def facts(model: Any) -> tuple:
-    """What a spec was read from beside the modules of the stack: cheap to compare at each call."""
-    config, pooler = model.config, getattr(model, "pooler", None)
-    return (
-        getattr(config, "num_hidden_layers", None),
-        getattr(config, "position_embedding_type", None),
-        getattr(config, "tie_last_hidden_states", None),
-        type(pooler),
-        *(
-            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
-            for buffer in model.embeddings._buffers.values()
-            if buffer is not None
-        ),
-    )
+def _home(function: Any) -> str:
+    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def last_state_is_normed(model: Any) -> bool:
