@@ -44,6 +44,18 @@ class EmbeddingSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RotarySpec:
+    """Positions as rotations of queries and keys.
+
+    Attributes:
+        module, buffer: the buffer of this module holds the inverse frequencies, ``(D / 2,)``.
+    """
+
+    module: nn.Module
+    buffer: str
+
+
+@dataclass(frozen=True, slots=True)
 class SoftmaxAttention:
     """``softmax(q kᵀ · scale) v`` over the keys of a sequence.
 
@@ -51,11 +63,14 @@ class SoftmaxAttention:
         module: the module that holds the projections, for what it says of its own scale.
         head_size: ``D``.
         window_size: where set, a token attends to the keys at most so far from it, either way.
+        rotary: where set, queries and keys are turned first. Layers that share one of these share
+            its angles.
     """
 
     module: nn.Module
     head_size: int
     window_size: int | None = None
+    rotary: RotarySpec | None = None
 
     @property
     def softmax_scale(self) -> float:

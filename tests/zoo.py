@@ -52,6 +52,23 @@ FAMILIES = {
         "Electra",
         (*_TOKEN_AND_TEXT, "ForPreTraining"),
     ),
+    "modernbert": (
+        "ModernBertConfig",
+        {
+            **_ROBERTA,
+            "cls_token_id": 0,
+            "sep_token_id": 2,
+            "num_hidden_layers": 4,
+            "global_attn_every_n_layers": 3,  # layers 0 and 3 see everything
+            "local_attention": 80,  # so that the window is far shorter than the sequences
+            "max_position_embeddings": 64,
+            "norm_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        "ModernBert",
+        _TOKEN_AND_TEXT,
+    ),
     "albert": (
         "AlbertConfig",
         {**_BERT_SIZES, "embedding_size": 24, "num_hidden_layers": 3, "num_hidden_groups": 2},
@@ -62,6 +79,9 @@ FAMILIES = {
 
 # Their positions go by the ids.
 ROBERTAS = ("roberta", "xlm_roberta", "xlm_roberta_xl", "camembert")
+
+# Their attention goes by the distance of columns, which packing shortens where a mask has holes.
+BY_DISTANCE = ("modernbert",)
 
 CASES = [(family, head) for family, (*_, heads) in FAMILIES.items() for head in heads]
 
@@ -83,6 +103,8 @@ def build(family: str, head: str = "Model", seed: int = 0, **changes: object) ->
 
 def has_pooled_output(family: str, head: str) -> bool:
     """Whether the model reads column 0, so that left padding runs the original forward."""
+    if (family, head) == ("modernbert", "ForMultipleChoice"):
+        return False  # it looks for the first real token
     if head in ("ForSequenceClassification", "ForMultipleChoice"):
         return True
     if head == "ForPreTraining":

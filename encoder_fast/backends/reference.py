@@ -31,6 +31,7 @@ __all__ = [
     "pool",
     "prepare_feed_forward",
     "prepare_linear",
+    "rotary",
 ]
 
 HEAD_SIZES: frozenset[int] | None = None
@@ -125,3 +126,10 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
         else:
             out[row] = tokens.amax(dim=0)
     return out
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    first, second = _wide(qkv[:, :2]).chunk(2, dim=-1)
+    cos, sin = (table[:, None, None].to(first.dtype) for table in (cos, sin))
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    qkv[:, :2] = turned.to(qkv.dtype)

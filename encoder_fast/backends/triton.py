@@ -18,6 +18,7 @@ from encoder_fast.backends.linears import (
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
+from encoder_fast.kernels import rotary as rotary_kernel
 
 __all__ = [
     "add_layer_norm",
@@ -30,6 +31,7 @@ __all__ = [
     "pool",
     "prepare_feed_forward",
     "prepare_linear",
+    "rotary",
 ]
 
 HEAD_SIZES: frozenset[int] | None = frozenset({16, 32, 64, 96, 128})
@@ -97,3 +99,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
         # unsafe=True leaves out a check of the offsets that would wait for the device
         pooled = torch.segment_reduce(x.float(), mode, offsets=cu_seqlens, axis=0, unsafe=True)
     return pooled.masked_fill_(lengths == 0, 0.0)
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    rotary_kernel.rotary(qkv, cos, sin)

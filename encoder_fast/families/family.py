@@ -19,6 +19,22 @@ def _call_pooler(model: Any, hidden: Tensor) -> Tensor:
     return model.pooler(hidden)
 
 
+def facts(model: Any) -> tuple:
+    """What a spec was read from beside the modules of the stack: cheap to compare at each call."""
+    config, pooler = model.config, getattr(model, "pooler", None)
+    return (
+        getattr(config, "num_hidden_layers", None),
+        getattr(config, "position_embedding_type", None),
+        getattr(config, "tie_last_hidden_states", None),
+        type(pooler),
+        *(
+            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
+            for buffer in model.embeddings._buffers.values()
+            if buffer is not None
+        ),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One architecture.
@@ -33,6 +49,7 @@ class Family:
             the reason where this particular model can't run fast.
         pool: from a model that has a pooler, and its last hidden state ``(B, S, N)``, to the pooled
             output. It calls the model's own modules, so that their hooks run.
+        facts: what a spec was read from beside the modules of the stack, to compare at each call.
         first_token_heads: the classes of models with a head that reads column 0 of the hidden
             states itself, past any pooler.
     """
@@ -44,6 +61,7 @@ class Family:
     stack: tuple[str, ...]
     read: Callable[[nn.Module], EncoderSpec]
     pool: Callable[[Any, Tensor], Tensor] = _call_pooler
+    facts: Callable[[Any], tuple] = facts
     first_token_heads: tuple[str, ...] = ()
 
     def matches(self, cls: Any) -> bool:
@@ -86,25 +104,16 @@ def is_library_code(function: Any) -> bool:
     """Whether a function is one of transformers or PyTorch, and not a user's in its place.
 
     Goes by the module that the code was compiled in: ``functools.wraps`` copies a function's name
-    and ``__module__`` to whatever replaces it, but not that.
+    and ``__module__`` to whatever replaces it, but not that. What ``torch.no_grad`` decorates is
+    looked at itself.
     """
-    return getattr(function, "__globals__", {}).get("__name__", "").startswith(_LIBRARIES)
+    while _home(function) == "torch.utils._contextlib" and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return _home(function).startswith(_LIBRARIES)
 
 
-def facts(model: Any) -> tuple:
-    """What a spec was read from beside the modules of the stack: cheap to compare at each call."""
-    config, pooler = model.config, getattr(model, "pooler", None)
-    return (
-        getattr(config, "num_hidden_layers", None),
-        getattr(config, "position_embedding_type", None),
-        getattr(config, "tie_last_hidden_states", None),
-        type(pooler),
-        *(
-            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
-            for buffer in model.embeddings._buffers.values()
-            if buffer is not None
-        ),
-    )
+def _home(function: Any) -> str:
+    return getattr(function, "__globals__", {}).get("__name__", "")
 
 
 def last_state_is_normed(model: Any) -> bool:

@@ -21,7 +21,6 @@ from encoder_fast.errors import (
     UnsupportedModelError,
 )
 from encoder_fast.families import Family
-from encoder_fast.families.family import facts
 from encoder_fast.ops.attention import why_no_head_size
 from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
 from encoder_fast.patching.arguments import Arguments, parameter_names, read_arguments
@@ -39,6 +38,7 @@ NOT_FAST = object()
 class _Reading:
     """The model as it was read, on the device where it was."""
 
+    family: Family
     owner: weakref.ref[nn.Module]
     forward: Any
     facts: tuple
@@ -54,7 +54,7 @@ class _Reading:
             self.owner() is model
             and self.forward is original.forward
             and self.stack.is_unchanged()
-            and self.facts == facts(model)
+            and self.facts == self.family.facts(model)
             and self.spec.embeddings.word.weight.device == self.device
         )
 
@@ -111,9 +111,10 @@ class EncoderState:
         stack = Stack(model, self.family.stack)
         cache = WeightCache(spec, backend)
         reading = _Reading(
+            self.family,
             weakref.ref(model),
             self.original.forward,
-            facts(model),
+            self.family.facts(model),
             spec,
             stack,
             device,
@@ -180,10 +181,11 @@ class EncoderState:
         shape = _check_tensors(call, like)
         batch = _pack(call, shape, spec, reads_first=reads_first)
         weights = reading.cache.current(like, batch.total)
-        hidden = _embed(call, spec, weights, backend, batch)
+        positions = _positions(call, spec.embeddings.position_padding_idx, batch)
+        hidden = _embed(call, spec, weights, backend, batch, positions)
         if collect is not None:
             collect.append(hidden)
-        return engine.encode(spec, weights, backend, batch, hidden, collect), batch
+        return engine.encode(spec, weights, backend, batch, positions, hidden, collect), batch
 
     def _current_reading(self, model: nn.Module) -> _Reading:
         reading = self._reading
@@ -339,7 +341,12 @@ def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:
 
 
 def _embed(
-    call: Arguments, spec: EncoderSpec, weights: EncoderWeights, backend: str, batch: PackedBatch
+    call: Arguments,
+    spec: EncoderSpec,
+    weights: EncoderWeights,
+    backend: str,
+    batch: PackedBatch,
+    positions: Tensor,
 ) -> Tensor:
     def packed(ids: Tensor | None) -> Tensor | None:
         return None if ids is None else batch.pack(ids)
@@ -348,7 +355,7 @@ def _embed(
         spec.embeddings,
         weights.projection,
         backend,
-        _positions(call, spec.embeddings.position_padding_idx, batch),
+        positions,
         packed(call.token_type_ids),
         packed(call.input_ids),
         packed(call.inputs_embeds),
