@@ -44,13 +44,28 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None = None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     bounds = cu_seqlens.tolist()
     for start, stop in pairwise(bounds):
         scores = torch.einsum("qhd,khd->hqk", _wide(q[start:stop]), _wide(k[start:stop]))
-        weights = torch.softmax(scores * softmax_scale, dim=-1)
+        scores *= softmax_scale
+        index = torch.arange(stop - start, device=q.device)
+        distance = index - index.unsqueeze(1)
+        if relative_bias is not None:
+            reach = relative_bias.shape[1] // 2
+            scores += _wide(relative_bias)[:, distance.clamp(-reach, reach) + reach]
+        if window_size is not None:
+            scores.masked_fill_(distance.abs() > window_size, float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
         context = torch.einsum("hqk,khd->qhd", weights, _wide(v[start:stop]))
         out[start:stop] = context.to(q.dtype)
     return out

@@ -18,6 +18,7 @@ from encoder_fast.backends.linears import (
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
+from encoder_fast.kernels import local_attention as local_attention_kernel
 from encoder_fast.kernels import rotary as rotary_kernel
 
 __all__ = [
@@ -40,9 +41,21 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None = None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
-    return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+    # Where every sequence lies within the window, there is none.
+    if window_size is not None and window_size + 1 < max_seqlen:
+        return local_attention_kernel.local_attention(
+            q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size
+        )
+    return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, relative_bias)
 
 
 def add_layer_norm(
