@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder_fast.errors import NotFastError
 from encoder_fast.ops import add_layer_norm, attention, embed_layer_norm, linear, rotary
 from encoder_fast.ops.linear import PreparedLinear
 from encoder_fast.packing import PackedBatch
-from encoder_fast.spec import AttentionSpec, EmbeddingSpec, EncoderSpec, RotarySpec
+from encoder_fast.spec import AttentionSpec, EmbeddingSpec, EncoderSpec, RelativeBias, RotarySpec
 from encoder_fast.weights import EncoderWeights, LayerWeights
 
 
@@ -78,6 +77,7 @@ class _Forward:
     batch: PackedBatch
     position_ids: Tensor
     _angles: dict[RotarySpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _biases: dict[RelativeBias, Tensor] = field(default_factory=dict)
 
     def angles(self, spec: RotarySpec) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the tokens' rotations."""
@@ -85,6 +85,14 @@ class _Forward:
             frequencies = getattr(spec.module, spec.buffer)
             self._angles[spec] = rotary.rotary_tables(self.position_ids, frequencies)
         return self._angles[spec]
+
+    def bias(self, spec: RelativeBias | None) -> Tensor | None:
+        """The bias of each distance, ``(H, 2 · R + 1)``."""
+        if spec is None:
+            return None
+        if spec not in self._biases:
+            self._biases[spec] = spec.table.weight.t().index_select(1, spec.buckets)
+        return self._biases[spec]
 
 
 def encode(
@@ -141,11 +149,17 @@ def _attend(
     qkv = qkv.view(batch.total, 3, num_heads, spec.head_size)
     if spec.rotary is not None:
         rotary.operator.run(qkv, *forward.angles(spec.rotary), backend)
-    if spec.window_size is not None and batch.max_seqlen > spec.window_size + 1:
-        raise NotFastError("a text longer than the window of local attention")
     q, k, v = qkv.unbind(1)
     return attention.operator.run(
-        q, k, v, batch.cu_seqlens, batch.max_seqlen, spec.softmax_scale, backend
+        q,
+        k,
+        v,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        spec.softmax_scale,
+        spec.window_size,
+        forward.bias(spec.relative_bias),
+        backend,
     ).flatten(1)
 
 

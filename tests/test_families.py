@@ -13,10 +13,11 @@ import encoder_fast
 
 def call_for(family: str, head: str, kind: str) -> dict:
     call = inputs(kind)
-    if family in ("distilbert", "modernbert"):
+    if family in ("distilbert", "modernbert", "mpnet"):
         del call["token_type_ids"]
     if family in zoo.ROBERTAS:
-        call["token_type_ids"].zero_()
+        if "token_type_ids" in call:
+            call["token_type_ids"].zero_()
         if "attention_mask" in call:
             # as a tokenizer pads; the positions go by the ids
             call["input_ids"][call["attention_mask"] == 0] = zoo.PAD

@@ -69,6 +69,7 @@ FAMILIES = {
         "ModernBert",
         _TOKEN_AND_TEXT,
     ),
+    "mpnet": ("MPNetConfig", _ROBERTA, "MPNet", _TOKEN_AND_TEXT),
     "albert": (
         "AlbertConfig",
         {**_BERT_SIZES, "embedding_size": 24, "num_hidden_layers": 3, "num_hidden_groups": 2},
@@ -78,10 +79,10 @@ FAMILIES = {
 }
 
 # Their positions go by the ids.
-ROBERTAS = ("roberta", "xlm_roberta", "xlm_roberta_xl", "camembert")
+ROBERTAS = ("roberta", "xlm_roberta", "xlm_roberta_xl", "camembert", "mpnet")
 
 # Their attention goes by the distance of columns, which packing shortens where a mask has holes.
-BY_DISTANCE = ("modernbert",)
+BY_DISTANCE = ("modernbert", "mpnet")
 
 CASES = [(family, head) for family, (*_, heads) in FAMILIES.items() for head in heads]
 

@@ -26,6 +26,7 @@ from encoder_fast.backends.linears import (
 
 __all__ = [
     "add_layer_norm",
+    "add_layer_norm_sum",
     "attention",
     "embed_layer_norm",
     "feed_forward_prepared",
@@ -34,6 +35,7 @@ __all__ = [
     "pool",
     "prepare_feed_forward",
     "prepare_linear",
+    "rotary",
 ]
 
 HEAD_SIZES: frozenset[int] | None = None

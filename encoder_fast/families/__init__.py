@@ -15,6 +15,7 @@ from encoder_fast.families import (
     distilbert,
     electra,
     modernbert,
+    mpnet,
     roberta,
     xlm_roberta_xl,
 )
@@ -30,6 +31,7 @@ FAMILIES: tuple[Family, ...] = (
     electra.FAMILY,
     albert.FAMILY,
     modernbert.FAMILY,
+    mpnet.FAMILY,
 )
 
 
