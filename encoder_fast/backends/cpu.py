@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoder_fast.backends.cpu_disentangled import disentangled_attention
 from encoder_fast.backends.linears import (
     Activation,
     FeedForwardSlice,
@@ -22,6 +23,19 @@ from encoder_fast.backends.linears import (
     activate,
     stack_linears,
 )
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "disentangled_attention",
+    "embed_layer_norm",
+    "feed_forward_prepared",
+    "linear",
+    "linear_prepared",
+    "pool",
+    "prepare_feed_forward",
+    "prepare_linear",
+]
 
 HEAD_SIZES: frozenset[int] | None = None
 MAX_WIDTH: int | None = None
