@@ -10,10 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder_fast.ops import add_layer_norm, attention, embed_layer_norm, linear
+from encoder_fast.ops import (
+    add_layer_norm,
+    attention,
+    disentangled_attention,
+    embed_layer_norm,
+    linear,
+)
+from encoder_fast.ops.disentangled_attention import make_row_of_distance
 from encoder_fast.ops.linear import PreparedLinear
 from encoder_fast.packing import PackedBatch
-from encoder_fast.spec import AttentionSpec, EmbeddingSpec, EncoderSpec
+from encoder_fast.spec import (
+    AttentionSpec,
+    ConvolutionSpec,
+    DisentangledAttention,
+    EmbeddingSpec,
+    EncoderSpec,
+    epsilon,
+)
 from encoder_fast.weights import EncoderWeights, LayerWeights
 
 
@@ -40,7 +54,8 @@ def embed(
         token_type_ids = torch.zeros_like(position_ids)
     position_table = None if spec.position is None else spec.position.weight
     norm = spec.norm
-    if inputs_embeds is None and norm is not None:
+    projects_first = projection is not None and spec.projects_first
+    if inputs_embeds is None and norm is not None and not projects_first:
         hidden = embed_layer_norm.operator.run(
             input_ids,
             None if position_table is None else position_ids,
@@ -50,7 +65,7 @@ def embed(
             type_table,
             norm.weight,
             norm.bias,
-            norm.eps,
+            epsilon(norm),
             backend,
         )
     else:
@@ -62,6 +77,8 @@ def embed(
         for ids, table in ((token_type_ids, type_table), (position_ids, position_table)):
             if ids is not None and table is not None:
                 hidden = hidden + F.embedding(ids, table)
+        if projection is not None and projects_first:
+            hidden, projection = linear.run(hidden, projection, None, backend), None
         if norm is not None:
             hidden = _add_norm(norm, hidden, None, backend)
     return hidden if projection is None else linear.run(hidden, projection, None, backend)
@@ -89,7 +106,7 @@ def encode(
     """
     # What goes into the next half of a layer, and what its output is added to. In post-norm order
     # they are the same.
-    normed = residual = hidden
+    normed = residual = embeddings = hidden
     if spec.first_norm is not None:
         normed = _add_norm(spec.first_norm, hidden, None, backend)
     keeps_sum = spec.norm_order == "pre"
@@ -107,6 +124,11 @@ def encode(
         if index == last and collect is None:
             keeps_sum = False
         normed, residual = _join(norm_after_ffn, transformed, residual, keeps_sum, backend)
+        if index == 0 and spec.convolution is not None:
+            assert weights.convolution is not None
+            normed = residual = _convolve(
+                spec.convolution, weights.convolution, backend, batch, embeddings, normed
+            )
         if collect is not None:
             collect.append(normed if index == last and spec.normed_last_state else residual)
     if first_token_alone:
@@ -121,10 +143,39 @@ def _attend(
     qkv = linear.run(hidden, prepared.qkv, None, backend)
     # Read off the weights, not the config: a layer may have been pruned of heads.
     num_heads = qkv.shape[1] // (3 * spec.head_size)
-    q, k, v = qkv.view(batch.total, 3, num_heads, spec.head_size).unbind(1)
-    return attention.operator.run(
-        q, k, v, batch.cu_seqlens, batch.max_seqlen, spec.softmax_scale, backend
-    ).flatten(1)
+    by_head = isinstance(spec, DisentangledAttention) and spec.by_head
+    if by_head:
+        q, k, v = qkv.view(batch.total, num_heads, 3, spec.head_size).unbind(2)
+    else:
+        q, k, v = qkv.view(batch.total, 3, num_heads, spec.head_size).unbind(1)
+    cu_seqlens, max_seqlen, scale = batch.cu_seqlens, batch.max_seqlen, spec.softmax_scale
+    pos_key, pos_query = prepared.pos_key, prepared.pos_query
+    if pos_key is None and pos_query is None:
+        context = attention.operator.run(q, k, v, cu_seqlens, max_seqlen, scale, backend)
+    else:
+        assert isinstance(spec, DisentangledAttention) and spec.positions is not None
+        positions = spec.positions
+        rows = make_row_of_distance(
+            positions.span, positions.buckets, positions.max_distance, hidden.device
+        )
+        context = disentangled_attention.operator.run(
+            q, k, v, pos_key, pos_query, rows, cu_seqlens, max_seqlen, scale, backend
+        )
+    return context.flatten(1)
+
+
+def _convolve(
+    spec: ConvolutionSpec,
+    prepared: PreparedLinear,
+    backend: str,
+    batch: PackedBatch,
+    embeddings: Tensor,
+    hidden: Tensor,
+) -> Tensor:
+    """The convolution along each sequence as one GEMM over the windows of its tokens."""
+    windows = batch.windows(embeddings, spec.conv.kernel_size[0])
+    convolved = linear.run(windows.flatten(1), prepared, spec.activation, backend)
+    return _add_norm(spec.norm, convolved, hidden, backend)
 
 
 def _join(
@@ -137,11 +188,13 @@ def _join(
         return total, total
     if keeps_sum:
         return add_layer_norm.sum_operator.run(
-            x, residual, norm.weight, norm.bias, norm.eps, None, backend
+            x, residual, norm.weight, norm.bias, epsilon(norm), None, backend
         )
     normed = _add_norm(norm, x, residual, backend)
     return normed, normed
 
 
 def _add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-    return add_layer_norm.operator.run(x, residual, norm.weight, norm.bias, norm.eps, None, backend)
+    return add_layer_norm.operator.run(
+        x, residual, norm.weight, norm.bias, epsilon(norm), None, backend
+    )

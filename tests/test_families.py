@@ -40,6 +40,12 @@ def test_parity(family: str, head: str, dtype: str, kind: str) -> None:
             encoder_fast.patch(model)(**call)
         assert "left padding" in next(iter(encoder_fast.report(model).fallbacks))
         return
+    if kind == "holes" and family in zoo.DEBERTAS:
+        with torch.inference_mode():
+            expected = model(**call)[0]
+            assert torch.equal(encoder_fast.patch(model)(**call)[0], expected)
+        assert "holes" in next(iter(encoder_fast.report(model).fallbacks))
+        return
     report = encoder_fast.check_parity(model, call)
     assert report.ok, str(report)
 
@@ -90,7 +96,7 @@ def test_behaviour(family: str, tmp_path: object) -> None:
     assert torch.equal(restored.loss, before.loss)
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", [name for name in zoo.FAMILIES if name not in zoo.DEBERTAS])
 def test_too_long_names_the_limit(family: str) -> None:
     model = encoder_fast.patch(zoo.build(family))
     limit = 38 if family in zoo.ROBERTAS else 40

@@ -9,7 +9,16 @@ from __future__ import annotations
 from torch import nn
 
 from encoder_fast.errors import UnsupportedModelError
-from encoder_fast.families import albert, bert, distilbert, electra, roberta, xlm_roberta_xl
+from encoder_fast.families import (
+    albert,
+    bert,
+    deberta,
+    deberta_v2,
+    distilbert,
+    electra,
+    roberta,
+    xlm_roberta_xl,
+)
 from encoder_fast.families.family import Family
 
 __all__ = ["FAMILIES", "Family", "find_family", "supported_classes", "unsupported"]
@@ -21,6 +30,8 @@ FAMILIES: tuple[Family, ...] = (
     distilbert.FAMILY,
     electra.FAMILY,
     albert.FAMILY,
+    deberta.FAMILY,
+    deberta_v2.FAMILY,
 )
 
 
