@@ -17,6 +17,7 @@ from encoder_fast.backends.linears import (
 )
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
+from encoder_fast.kernels import disentangled_attention as disentangled_attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
 from encoder_fast.kernels import local_attention as local_attention_kernel
 from encoder_fast.kernels import rotary as rotary_kernel
@@ -25,6 +26,7 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
@@ -56,6 +58,22 @@ def attention(
             q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size
         )
     return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, relative_bias)
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    row_of_distance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> Tensor:
+    return disentangled_attention_kernel.disentangled_attention(
+        q, k, v, pos_key, pos_query, row_of_distance, cu_seqlens, max_seqlen, softmax_scale
+    )
 
 
 def add_layer_norm(
