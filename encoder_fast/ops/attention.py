@@ -70,7 +70,7 @@ def attention(
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     forbid_grad("attention", q, k, v)
     name, _ = resolve(backend, q.device)
-    check_dtype(name, q.dtype)
+    check_dtype("attention", name, q.dtype)
     reason = why_no_head_size(name, q.shape[2])
     if reason is not None:
         raise ValueError(reason)
