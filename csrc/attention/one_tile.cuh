@@ -1,8 +1,8 @@
 // Attention where one tile holds all keys of a sequence: a softmax in a single pass.
 //
-// Keys and values are read once for all rows of the query tile. What a sequence does not have of the
-// tile's keys is left out in chunks, so a short sequence among longer ones costs little. For the
-// shortest ones a warp takes an item of its own and meets nobody: four of them make a block.
+// Keys and values are read once for all rows of the query tile. What a sequence does not have of
+// the tile's keys is left out in chunks, so a short sequence among longer ones costs little. For
+// the shortest ones a warp takes an item of its own and meets nobody: four of them make a block.
 
 #pragma once
 
@@ -83,7 +83,8 @@ EF_DEVICE void attend_one_tile(const AttentionLaunch& p, const Work& work, Share
     const SharedAddress keys = queries + Traits::kQueryBytes;
     const SharedAddress values = keys + Traits::kKeyBytes;
     const int n_keys = work.n_keys, row = work.begin + work.first_row;
-    const int n_rows = n_keys - work.first_row < p.tile_rows ? n_keys - work.first_row : p.tile_rows;
+    const int rows_left = n_keys - work.first_row;
+    const int n_rows = rows_left < p.tile_rows ? rows_left : p.tile_rows;
 
     copy_rows_async<kHeadDim, Traits::kRows, kThreads, false>(
         queries, rows_from<Element>(p.q, row, work.head), p.q.row_stride, n_rows, thread);

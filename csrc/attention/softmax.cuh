@@ -40,8 +40,8 @@ EF_DEVICE void mask_keys(Accumulator<kKeys>& scores, int n_keys, int lane) {
 
 // The two rows of a lane.
 struct RowSoftmax {
-    // Scaled. Finite from the start, so that a row whose scores so far are all -inf goes on as if it
-    // had had no keys.
+    // Scaled. Finite from the start, so that a row whose scores so far are all -inf goes on as if
+    // it had had no keys.
     float maxima[2] = {-FLT_MAX, -FLT_MAX};
     float sums[2] = {0.0f, 0.0f};  // of this lane's columns
 

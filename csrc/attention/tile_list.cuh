@@ -57,10 +57,10 @@ EF_DEVICE int take_item(const AttentionLaunch& p) {
     return static_cast<int>(gridDim.x) + atomic_add_global(static_cast<int*>(p.workspace) + 1, 1);
 }
 
-// Calls attend(work, begun) for this block's items, with all of its threads. Of the regular grid that
-// is one, if it has rows. From the list it is as many as the block comes to: the first thread asks
-// for the next one early, and `begun`, which each thread calls once behind a barrier of the block,
-// leaves the answer in `slot`.
+// Calls attend(work, begun) for this block's items, with all of its threads. Of the regular grid
+// that is one, if it has rows. From the list it is as many as the block comes to: the first thread
+// asks for the next one early, and `begun`, which each thread calls once behind a barrier of the
+// block, leaves the answer in `slot`.
 template <class Attend>
 EF_DEVICE void for_each_item(const AttentionLaunch& p, int n_items, SharedAddress slot,
                              Attend attend) {
