@@ -245,6 +245,21 @@ class EncoderSpec:
         return frozenset(layer.attention.head_size for layer in self.layers)
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The kinds and options of attention that not every backend has."""
+        needs = set()
+        for layer in self.layers:
+            attention = layer.attention
+            if isinstance(attention, DisentangledAttention):
+                if attention.pos_key is not None or attention.pos_query is not None:
+                    needs.add("disentangled_attention")
+                continue
+            for name in ("rotary", "window_size", "relative_bias"):
+                if getattr(attention, name) is not None:
+                    needs.add(name)
+        return frozenset(needs)
+
+    @property
     def positions(self) -> RelativePositions | None:
         """The relative positions that the layers share, where they go by them."""
         for layer in self.layers:

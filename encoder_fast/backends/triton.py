@@ -15,6 +15,7 @@ from encoder_fast.backends.linears import (
     prepare_feed_forward,
     prepare_linear,
 )
+from encoder_fast.backends.pooling import pool
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
 from encoder_fast.kernels import disentangled_attention as disentangled_attention_kernel
@@ -116,20 +117,6 @@ def embed_layer_norm(
     return embed_layer_norm_kernel.embed_layer_norm(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps
     )
-
-
-def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
-    # PyTorch's own segment kernels: no atomics, so the same batch gives the same bits.
-    lengths = cu_seqlens.diff().unsqueeze(1)
-    if x.shape[0] == 0:
-        return x.new_zeros(lengths.shape[0], x.shape[1], dtype=torch.float32)
-    if mode == "cls":
-        first = cu_seqlens[:-1].clamp(max=x.shape[0] - 1)
-        pooled = x.index_select(0, first).float()
-    else:
-        # unsafe=True leaves out a check of the offsets that would wait for the device
-        pooled = torch.segment_reduce(x.float(), mode, offsets=cu_seqlens, axis=0, unsafe=True)
-    return pooled.masked_fill_(lengths == 0, 0.0)
 
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -102,7 +102,7 @@ def disentangled_attention(
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     forbid_grad("disentangled_attention", q, k, v, pos_key, pos_query)
     name, _ = resolve(backend, q.device)
-    check_dtype(name, q.dtype)
+    check_dtype("disentangled_attention", name, q.dtype)
     reason = why_no_head_size(name, q.shape[2])
     if reason is not None:
         raise ValueError(reason)
