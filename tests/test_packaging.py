@@ -326,6 +326,21 @@ def test_installed_command_runs(installed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_installed_command_embeds(installed: Path, tmp_path: Path) -> None:
+    """A command that loads a model, in a folder where the tree is not in sight."""
+    pytest.importorskip("transformers")
+    from cli_runs import tiny_model
+
+    model = tiny_model(tmp_path / "model")
+    (tmp_path / "lines.txt").write_text("a b\nc\n")
+    command = [installed / "bin/encoder-fast", "embed", "lines.txt", "-m", model, "-o", "out.npy"]
+    succeed(run(command, tmp_path))
+    assert (tmp_path / "out.npy").stat().st_size == 128 + 2 * 48 * 4
+    result = run([*command[:-1], "no/out.npy"], tmp_path)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
 def test_editable_install_imports_the_tree(
     source: Path, new_environment: Callable[..., Path], tmp_path: Path
 ) -> None:
