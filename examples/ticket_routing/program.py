@@ -32,7 +32,7 @@ WINDOW = 1000
 # On two CPU cores 1,024 held more than 128, 256 and 512 did.
 CPU_BUDGET, GPU_BUDGET = 1024, 16384
 
-SAME = ("model", "dtype", "device", "backend", "versions", "thresholds", "limits")
+SAME = ("model", "dtype", "device", "backend", "versions", "limits")
 """What runs whose rates are shown together must have in common, by the record's keys."""
 
 ROUNDS = 3
