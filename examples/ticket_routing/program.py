@@ -113,14 +113,14 @@ def run(options: Options) -> None:
         "budget": limits.budget,
         "p99_ms": options.limit * 1e3,
     }
-    with Stream(texts, limits) as stream:
-        desks = {name: _desk(system, learned) for name, system in systems.items()}
-        for desk in desks.values():
-            stream.warm_up(desk)
-        if options.sweep:
-            _sweep(console, stream, desks, figures, options)
-        else:
-            _serve(console, stream, _desk(packed, learned), held_out, figures, options)
+    stream = Stream(texts, limits)
+    desks = {name: _desk(system, learned) for name, system in systems.items()}
+    for desk in desks.values():
+        stream.warm_up(desk)
+    if options.sweep:
+        _sweep(console, stream, desks, figures, options)
+    else:
+        _serve(console, stream, _desk(packed, learned), held_out, figures, options)
     show.cut(console, encoder)
     if options.out is not None:
         record.write(options.out, figures)
