@@ -1,11 +1,13 @@
 """The ticket routing example's live stream: micro-batches, failures, shutdown and latencies.
 
-Everything runs in virtual time, so that waits and latencies are exact and take none.
+All but the handover between threads runs in virtual time: waits and latencies are exact and take
+none.
 """
 
 import asyncio
 import selectors
 import sys
+import threading
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
@@ -15,8 +17,9 @@ import pytest
 # `pytest` alone, unlike `python -m pytest`, does not look for packages at the top of the clone
 sys.path.append(str(Path(__file__).parents[1]))
 
-from examples.ticket_routing.arrivals import Latencies, open_loop, poisson
+from examples.ticket_routing.arrivals import Latencies, open_loop, poisson, precise_loop
 from examples.ticket_routing.batching import Batcher, Limits
+from examples.ticket_routing.handover import Handover
 from examples.ticket_routing.router import ClosedError, Router
 
 
@@ -338,3 +341,62 @@ def test_poisson_arrivals() -> None:
     # an exponential's standard deviation is its mean
     assert gaps.mean() == pytest.approx(1 / 200, rel=0.05)
     assert gaps.std() == pytest.approx(1 / 200, rel=0.05)
+
+
+def test_what_is_handed_over_runs_in_the_caller_s_thread() -> None:
+    handover, here = Handover(precise_loop), threading.get_ident()
+
+    async def main() -> tuple[int, int, list[int]]:
+        alone = await handover.call(lambda _: threading.get_ident(), None)
+        return (
+            threading.get_ident(),
+            alone,
+            await asyncio.gather(
+                *(handover.call(lambda number: number * number, number) for number in range(5))
+            ),
+        )
+
+    event_loop, computed, squares = handover.run(main())
+    assert event_loop != here and computed == here and squares == [0, 1, 4, 9, 16]
+    # it can be used again, and leaves no thread behind
+    assert handover.run(asyncio.sleep(0, "again")) == "again"
+    assert not [t for t in threading.enumerate() if t.name.startswith("event-loop")]
+
+
+def test_errors_cross_the_threads() -> None:
+    handover = Handover(precise_loop)
+
+    async def main(catch: bool) -> str:
+        try:
+            await handover.call(int, "no number")
+        except ValueError as error:
+            if not catch:
+                raise
+            return str(error)
+        return "nothing raised"
+
+    assert "no number" in handover.run(main(catch=True))
+    with pytest.raises(ValueError, match="no number"):
+        handover.run(main(catch=False))
+
+
+def test_ctrl_c_ends_both_threads() -> None:
+    handover, ended = Handover(precise_loop), []
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    async def main() -> None:
+        try:
+            async with Router(
+                lambda batch: handover.call(interrupted, batch), limits=Limits(0, 1), size=len
+            ) as router:
+                await router.submit("a")
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        handover.run(main())
+    assert ended == ["cancelled"]
+    assert not [t for t in threading.enumerate() if t.name.startswith("event-loop")]

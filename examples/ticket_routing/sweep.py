@@ -48,10 +48,24 @@ def is_held(measured: Measured, limit: float) -> bool:
     return measured.latencies.percentile(99) < limit
 
 
+def typical(points: Sequence[Measured]) -> list[Measured]:
+    """One measurement for each rate, from the lowest on: that with the median p99.
+
+    Of an even number it is the better one of the two in the middle.
+    """
+    by_rate: dict[float, list[Measured]] = {}
+    for measured in points:
+        by_rate.setdefault(measured.rate, []).append(measured)
+    return [
+        sorted(same, key=lambda one: one.latencies.percentile(99))[(len(same) - 1) // 2]
+        for _, same in sorted(by_rate.items())
+    ]
+
+
 def highest_held(points: Sequence[Measured], limit: float) -> float | None:
     """The highest rate below the first that was not held; ``None`` where that is the lowest."""
     held = None
-    for measured in sorted(points, key=lambda one: one.rate):
+    for measured in typical(points):
         if not is_held(measured, limit):
             break
         held = measured.rate
