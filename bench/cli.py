@@ -101,6 +101,44 @@ def all_suites(
     _run(SUITES, filter, quick, out, threads, fake)
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A record.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="A later one.", show_default=False)],
+) -> None:
+    """What changed for encoder_fast from record A to record B, and what only chance moved."""
+    from bench.compare import compare as compare_records
+    from bench.compare_show import show
+    from bench.record import read
+
+    try:
+        found = compare_records(read(a), read(b))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    show(found)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of records.", show_default="bench/results")
+    ] = None,
+    docs: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="docs")] = (
+        None
+    ),
+) -> None:
+    """Write docs/performance.md and its pictures from the newest records of each device."""
+    from bench.record import RESULTS
+    from bench.report.page import write_report
+    from bench.sources import ROOT
+
+    try:
+        path = write_report(results or RESULTS, docs or ROOT / "docs")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    print(f"wrote {path.name} and its pictures")
+
+
 def _run(
     suites: tuple[str, ...],
     wanted: str,

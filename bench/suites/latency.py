@@ -29,7 +29,7 @@ def run(session: Session) -> None:
     built: dict[tuple[str, str], Forward] = {}
     for case in grid(session.machine, session.quick):
         name = case.name(session.machine)
-        if session.wants(f"{SUITE} {name}"):
+        if session.turn(SUITE, name, case.facts(session.machine)):
             with torch.inference_mode():
                 hold(session, case, name, limits, built)
 
