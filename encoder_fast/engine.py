@@ -6,14 +6,16 @@ Everything here is ``(total, ...)``: nothing knows of padding, and nothing waits
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder_fast.ops import add_layer_norm, attention, embed_layer_norm, linear
+from encoder_fast.ops import add_layer_norm, attention, embed_layer_norm, linear, rotary
 from encoder_fast.ops.linear import PreparedLinear
 from encoder_fast.packing import PackedBatch
-from encoder_fast.spec import AttentionSpec, EmbeddingSpec, EncoderSpec
+from encoder_fast.spec import AttentionSpec, EmbeddingSpec, EncoderSpec, RelativeBias, RotarySpec
 from encoder_fast.weights import EncoderWeights, LayerWeights
 
 
@@ -67,33 +69,67 @@ def embed(
     return hidden if projection is None else linear.run(hidden, projection, None, backend)
 
 
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """What the layers of one forward share; tables are made when a layer first asks for them."""
+
+    backend: str
+    batch: PackedBatch
+    position_ids: Tensor
+    _angles: dict[RotarySpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _biases: dict[RelativeBias, Tensor] = field(default_factory=dict)
+
+    def angles(self, spec: RotarySpec) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the tokens' rotations."""
+        if spec not in self._angles:
+            frequencies = getattr(spec.module, spec.buffer)
+            self._angles[spec] = rotary.rotary_tables(self.position_ids, frequencies)
+        return self._angles[spec]
+
+    def bias(self, spec: RelativeBias | None) -> Tensor | None:
+        """The bias of each distance, ``(H, 2 · R + 1)``."""
+        if spec is None:
+            return None
+        if spec not in self._biases:
+            self._biases[spec] = spec.table.weight.t().index_select(1, spec.buckets)
+        return self._biases[spec]
+
+
 def encode(
     spec: EncoderSpec,
     weights: EncoderWeights,
     backend: str,
     batch: PackedBatch,
+    position_ids: Tensor,
     hidden: Tensor,
     collect: list[Tensor] | None = None,
+    first_token_alone: bool = False,
 ) -> Tensor:
     """Run the layers.
 
     Args:
+        position_ids: integers ``(total,)``, for the layers that know positions themselves.
         hidden: ``(total, N)``, the embeddings.
         collect: where given, each layer's output is appended to it, as the model returns it.
+        first_token_alone: nothing but each row's first token is wanted. The last layer then
+            computes keys and values for all tokens, and what follows attention for those alone.
 
     Returns:
-        ``(total, N)``, the last hidden state.
+        The last hidden state: ``(total, N)``, or ``(B, N)`` of the first tokens.
     """
     # What goes into the next half of a layer, and what its output is added to. In post-norm order
     # they are the same.
     normed = residual = hidden
     if spec.first_norm is not None:
         normed = _add_norm(spec.first_norm, hidden, None, backend)
+    forward = _Forward(backend, batch, position_ids)
     keeps_sum = spec.norm_order == "pre"
     last = len(spec.layers) - 1
     stages = zip(spec.layers, weights.layers, spec.norms, strict=True)
     for index, (layer, prepared, (norm_after_attention, norm_after_ffn)) in enumerate(stages):
-        context = _attend(layer.attention, prepared, backend, batch, normed)
+        context = _attend(layer.attention, prepared, forward, normed)
+        if index == last and first_token_alone:
+            context, residual = batch.first_tokens(context), batch.first_tokens(residual)
         attended = linear.run(context, prepared.attention_out, None, backend)
         normed, residual = _join(norm_after_attention, attended, residual, keeps_sum, backend)
         transformed = linear.run_feed_forward(
@@ -104,19 +140,33 @@ def encode(
         normed, residual = _join(norm_after_ffn, transformed, residual, keeps_sum, backend)
         if collect is not None:
             collect.append(normed if index == last and spec.normed_last_state else residual)
+    if first_token_alone:
+        return batch.blank_empty_rows(normed if spec.layers else batch.first_tokens(normed))
     return normed
 
 
 def _attend(
-    spec: AttentionSpec, prepared: LayerWeights, backend: str, batch: PackedBatch, hidden: Tensor
+    spec: AttentionSpec, prepared: LayerWeights, forward: _Forward, hidden: Tensor
 ) -> Tensor:
     """The context of each token, ``(total, H · D)``, by the layer's kind of attention."""
+    batch, backend = forward.batch, forward.backend
     qkv = linear.run(hidden, prepared.qkv, None, backend)
     # Read off the weights, not the config: a layer may have been pruned of heads.
     num_heads = qkv.shape[1] // (3 * spec.head_size)
-    q, k, v = qkv.view(batch.total, 3, num_heads, spec.head_size).unbind(1)
+    qkv = qkv.view(batch.total, 3, num_heads, spec.head_size)
+    if spec.rotary is not None:
+        rotary.operator.run(qkv, *forward.angles(spec.rotary), backend)
+    q, k, v = qkv.unbind(1)
     return attention.operator.run(
-        q, k, v, batch.cu_seqlens, batch.max_seqlen, spec.softmax_scale, backend
+        q,
+        k,
+        v,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        spec.softmax_scale,
+        spec.window_size,
+        forward.bias(spec.relative_bias),
+        backend,
     ).flatten(1)
 
 

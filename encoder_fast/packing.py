@@ -58,6 +58,20 @@ class PackedBatch:
         flat = packed.new_zeros(self.batch_size * self.padded_length, *rest)
         return flat.index_copy_(0, self.indices, packed).view(*self.shape, *rest)
 
+    def first_tokens(self, packed: Tensor) -> Tensor:
+        """``(total, ...)`` to ``(B, ...)``: the first token of each row.
+
+        A row without tokens gets some token's; see :meth:`blank_empty_rows`.
+        """
+        if self.total == 0:
+            return packed.new_zeros(self.batch_size, *packed.shape[1:])
+        # an empty row begins where the next one does, and the last of them behind the end
+        return packed.index_select(0, self.cu_seqlens[:-1].clamp(max=self.total - 1))
+
+    def blank_empty_rows(self, rows: Tensor) -> Tensor:
+        """``(B, N)`` with zeros for the rows that have no token."""
+        return rows.masked_fill_((self.cu_seqlens.diff() == 0).unsqueeze(1), 0)
+
     def columns(self) -> Tensor:
         """int64 ``(total,)``: each token's column in the padded batch."""
         if self.indices is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from encoder_fast.ops.linear import Activation
 
@@ -44,18 +44,50 @@ class EmbeddingSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RotarySpec:
+    """Positions as rotations of queries and keys.
+
+    Attributes:
+        module, buffer: the buffer of this module holds the inverse frequencies, ``(D / 2,)``.
+    """
+
+    module: nn.Module
+    buffer: str
+
+
+# Compared by identity: layers that share one share its values.
+@dataclass(frozen=True, slots=True, eq=False)
+class RelativeBias:
+    """A bias on the scores by the distance from query to key.
+
+    Attributes:
+        table: ``(buckets, H)``, the bias of each bucket of distances.
+        buckets: int64 ``(2 · R + 1,)`` on the table's device, the bucket of each distance from
+            ``-R`` on; farther ones are in the outermost.
+    """
+
+    table: nn.Embedding
+    buckets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class SoftmaxAttention:
-    """``softmax(q kᵀ · scale) v`` over the keys of a sequence.
+    """``softmax(q kᵀ · scale + bias) v`` over the keys of a sequence.
 
     Attributes:
         module: the module that holds the projections, for what it says of its own scale.
         head_size: ``D``.
         window_size: where set, a token attends to the keys at most so far from it, either way.
+        rotary: where set, queries and keys are turned first. Layers that share one of these share
+            its angles.
+        relative_bias: where set, what is added to the scaled scores.
     """
 
     module: nn.Module
     head_size: int
     window_size: int | None = None
+    rotary: RotarySpec | None = None
+    relative_bias: RelativeBias | None = None
 
     @property
     def softmax_scale(self) -> float:
@@ -67,6 +99,8 @@ class SoftmaxAttention:
 
         Packed, tokens on both sides of a hole in the mask are neighbours.
         """
+        if self.relative_bias is not None:
+            return True
         return self.window_size is not None and length > self.window_size + 1
 
 
@@ -144,6 +178,8 @@ class EncoderSpec:
         ]
         for layer in self.layers:
             modules += (layer.attention_norm, layer.ffn_norm)
+            if layer.attention.relative_bias is not None:
+                modules.append(layer.attention.relative_bias.table)
         return [module for module in modules if module is not None]
 
     @property

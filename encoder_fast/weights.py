@@ -109,6 +109,8 @@ class WeightCache:
             for parameter in (_parameter(module, "weight"), _parameter(module, "bias"))
             if parameter is not None
         ]
+        if not sources:
+            return EncoderWeights(None, [])  # a model without layers
         # Buffers made under inference_mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
             if like.device.type == "cpu":

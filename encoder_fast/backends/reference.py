@@ -31,6 +31,7 @@ __all__ = [
     "pool",
     "prepare_feed_forward",
     "prepare_linear",
+    "rotary",
 ]
 
 HEAD_SIZES: frozenset[int] | None = None
@@ -43,13 +44,28 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None = None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     bounds = cu_seqlens.tolist()
     for start, stop in pairwise(bounds):
         scores = torch.einsum("qhd,khd->hqk", _wide(q[start:stop]), _wide(k[start:stop]))
-        weights = torch.softmax(scores * softmax_scale, dim=-1)
+        scores *= softmax_scale
+        index = torch.arange(stop - start, device=q.device)
+        distance = index - index.unsqueeze(1)
+        if relative_bias is not None:
+            reach = relative_bias.shape[1] // 2
+            scores += _wide(relative_bias)[:, distance.clamp(-reach, reach) + reach]
+        if window_size is not None:
+            scores.masked_fill_(distance.abs() > window_size, float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
         context = torch.einsum("hqk,khd->qhd", weights, _wide(v[start:stop]))
         out[start:stop] = context.to(q.dtype)
     return out
@@ -125,3 +141,10 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
         else:
             out[row] = tokens.amax(dim=0)
     return out
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    first, second = _wide(qkv[:, :2]).chunk(2, dim=-1)
+    cos, sin = (table[:, None, None].to(first.dtype) for table in (cos, sin))
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    qkv[:, :2] = turned.to(qkv.dtype)

@@ -18,6 +18,8 @@ from encoder_fast.backends.linears import (
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
+from encoder_fast.kernels import local_attention as local_attention_kernel
+from encoder_fast.kernels import rotary as rotary_kernel
 
 __all__ = [
     "add_layer_norm",
@@ -30,6 +32,7 @@ __all__ = [
     "pool",
     "prepare_feed_forward",
     "prepare_linear",
+    "rotary",
 ]
 
 HEAD_SIZES: frozenset[int] | None = frozenset({16, 32, 64, 96, 128})
@@ -38,9 +41,21 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None = None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
-    return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+    # Where every sequence lies within the window, there is none.
+    if window_size is not None and window_size + 1 < max_seqlen:
+        return local_attention_kernel.local_attention(
+            q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size
+        )
+    return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, relative_bias)
 
 
 def add_layer_norm(
@@ -97,3 +112,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
         # unsafe=True leaves out a check of the offsets that would wait for the device
         pooled = torch.segment_reduce(x.float(), mode, offsets=cu_seqlens, axis=0, unsafe=True)
     return pooled.masked_fill_(lengths == 0, 0.0)
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    rotary_kernel.rotary(qkv, cos, sin)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder_fast.text import rerank, tag
+from encoder_fast.text import rerank
 from encoder_fast.text.batching import TokenBudget
 from encoder_fast.text.classify import Classification, classifications, label_names
 from encoder_fast.text.loading import load
@@ -19,6 +19,7 @@ from encoder_fast.text.pipeline import Block, Compute, Pipeline, Plan
 from encoder_fast.text.reporting import TextReport, warn_caller
 from encoder_fast.text.runner import Runner
 from encoder_fast.text.settings import Settings, longest_input
+from encoder_fast.text.tag import Entity, entities
 from encoder_fast.text.texts import check_iterable, encodable
 from encoder_fast.text.tokenising import Tokeniser
 from encoder_fast.text.tokens import TokenEmbeddings, per_token
@@ -34,6 +35,7 @@ class TextEncoder:
 
     Attributes:
         model: the model, with its head if it has one; patched in place where it can be.
+        tokenizer: the tokenizer as it was given or loaded.
         settings: what the model's files say of its use.
         max_length: the longest input in tokens, special tokens counted.
     """
@@ -48,6 +50,7 @@ class TextEncoder:
         max_tokens_per_batch: int | None = None,
     ) -> None:
         self.model: Any = model
+        self.tokenizer = tokenizer
         self.settings = settings or Settings()
         self._runner = Runner(model, backend)
         tokeniser = Tokeniser(tokenizer, lower_case=self.settings.lower_case)
@@ -106,6 +109,15 @@ class TextEncoder:
     def dimension(self) -> int:
         """The length of a vector, before ``truncate_dim``."""
         return self._runner.encoder.config.hidden_size
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """The most tokens that a batch holds; less after each time that memory ran out."""
+        return self._pipeline.budget.tokens
+
+    @tokens_per_batch.setter
+    def tokens_per_batch(self, tokens: int) -> None:
+        self._pipeline.budget = TokenBudget(tokens)
 
     def encode(
         self,
@@ -167,14 +179,21 @@ class TextEncoder:
         prompt: str | None = None,
         truncate_dim: int | None = None,
         long_text: str = "truncate",
+        block_size: int | None = None,
         show_progress: bool = False,
     ) -> Iterator[np.ndarray]:
         """As :meth:`encode`, for more texts than memory holds vectors of.
 
+        Args:
+            block_size: how many texts are held and yielded at a time. ``None`` begins with few and
+                goes up to 4,096. Texts of some millions of characters end a block early. Which
+                texts share a batch depends on the blocks, so only with a given ``block_size`` does
+                a run that starts at the beginning of a block repeat it bit by bit.
+
         Yields:
             Float32 vectors ``(n, D)`` of the next ``n`` texts, in order.
         """
-        plan = Plan(long_text, self._prompt(prompt))
+        plan = Plan(long_text, self._prompt(prompt), block_size=block_size)
         finish = self._finish(normalize, truncate_dim)
         return self._encode_blocks(_listed(texts), plan, finish, show_progress)
 
@@ -231,13 +250,28 @@ class TextEncoder:
         Raises:
             ValueError: the model has no sequence classification head.
         """
-        self._need_head("ForSequenceClassification", "classify")
-        found: list[Classification] = []
-        blocks = self._run(_listed(texts), Plan(long_text), self._runner.scores, show_progress)
-        for block, results in blocks:
-            logits = whole_texts(torch.stack(results).cpu(), block.windows, "mean")
-            found += classifications(logits, self.model.config)
+        blocks = self.classify_stream(texts, long_text=long_text, show_progress=show_progress)
+        found = [one for block in blocks for one in block]
         return found[0] if isinstance(texts, str) else found
+
+    def classify_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        long_text: str = "truncate",
+        block_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Iterator[list[Classification]]:
+        """As :meth:`classify`, a block of texts at a time; see :meth:`encode_stream`."""
+        self._need_head("ForSequenceClassification", "classify")
+        plan = Plan(long_text, block_size=block_size)
+        blocks = self._run(_listed(texts), plan, self._runner.scores, show_progress)
+        return (
+            classifications(
+                whole_texts(torch.stack(results).cpu(), block.windows, "mean"), self.model.config
+            )
+            for block, results in blocks
+        )
 
     def tag(
         self,
@@ -255,18 +289,31 @@ class TextEncoder:
         Raises:
             ValueError: the model has no token classification head, or its tokenizer no offsets.
         """
+        blocks = self.tag_stream(texts, long_text=long_text, show_progress=show_progress)
+        found = [one for block in blocks for one in block]
+        return found[0] if isinstance(texts, str) else found
+
+    def tag_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        long_text: str = "chunk",
+        block_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Iterator[list[list[Entity]]]:
+        """As :meth:`tag`, a block of texts at a time; see :meth:`encode_stream`."""
         self._need_head("ForTokenClassification", "tag")
-        found = []
         names = label_names(self.model.config)
         lead = len(self._pipeline.single.specials[0])
-        plan = Plan(long_text, detail=True)
-        for block, results in self._run(
-            _listed(texts), plan, self._runner.token_scores, show_progress
-        ):
-            for text in per_token(block, results, lead):
-                probabilities = torch.softmax(text.content, dim=-1).numpy()
-                found.append(tag.entities(text.text, text.tokens, probabilities, names))
-        return found[0] if isinstance(texts, str) else found
+        plan = Plan(long_text, detail=True, block_size=block_size)
+        blocks = self._run(_listed(texts), plan, self._runner.token_scores, show_progress)
+        return (
+            [
+                entities(text.text, text.tokens, torch.softmax(text.content, dim=-1).numpy(), names)
+                for text in per_token(block, results, lead)
+            ]
+            for block, results in blocks
+        )
 
     def rerank(
         self,

@@ -1,0 +1,68 @@
+// Rows of a head in shared memory: where each 16 bytes lie, and the ways in and out.
+//
+// A row is cut into chunks of 16 bytes. They are permuted within the row so that the 8 rows of a
+// matrix that ldmatrix reads, and the 128 bytes that 8 threads write, fall on all 32 banks once.
+
+#pragma once
+
+#include "ptx.cuh"
+
+namespace encoder_fast {
+
+constexpr int kChunkBytes = 16;
+
+template <int kHeadDim>
+struct RowLayout {
+    static constexpr int kRowBytes = kHeadDim * 2;
+    static constexpr int kChunks = kRowBytes / kChunkBytes;
+    // Rows that lie side by side across the banks need no permutation among themselves.
+    static constexpr int kRowsAcrossBanks = kChunks < 8 ? 8 / kChunks : 1;
+    static constexpr int kFlips = kChunks < 8 ? kChunks : 8;
+
+    // Repeats every 8 rows.
+    static EF_DEVICE int flip(int row) { return row / kRowsAcrossBanks % kFlips; }
+
+    static EF_DEVICE SharedAddress offset(int row, int chunk) {
+        return row * kRowBytes + (chunk ^ flip(row)) * kChunkBytes;
+    }
+};
+
+// Starts copies of kRows rows of one head by kThreads threads. Rows from n_rows on, which the
+// sequence does not have, become zeros and are not read; with kWhole there are none of them.
+template <int kHeadDim, int kRows, int kThreads, bool kWhole, class Element>
+EF_DEVICE void copy_rows_async(SharedAddress target, const Element* source, int64_t row_stride,
+                               int n_rows, int thread) {
+    using Layout = RowLayout<kHeadDim>;
+    constexpr int kRowsAtOnce = kThreads / Layout::kChunks;
+    static_assert(kRows % kRowsAtOnce == 0);
+    const int chunk = thread % Layout::kChunks;
+    const int first = thread / Layout::kChunks;
+    source += chunk * (kChunkBytes / 2);
+#pragma unroll
+    for (int i = 0; i < kRows / kRowsAtOnce; i++) {
+        const int row = first + i * kRowsAtOnce;
+        const bool there = kWhole || row < n_rows;
+        cp_async<kChunkBytes>(target + Layout::offset(row, chunk),
+                              source + (there ? row : 0) * row_stride, there ? kChunkBytes : 0);
+    }
+}
+
+// Writes n_rows of the kRows rows that a warp has in shared memory to global memory.
+template <int kHeadDim, int kRows, class Element>
+EF_DEVICE void store_rows(Element* target, int64_t row_stride, SharedAddress source, int n_rows) {
+    using Layout = RowLayout<kHeadDim>;
+    constexpr int kRowsAtOnce = kWarpSize / Layout::kChunks;
+    const int chunk = lane_id() % Layout::kChunks;
+    const int first = lane_id() / Layout::kChunks;
+    target += chunk * (kChunkBytes / 2);
+#pragma unroll
+    for (int i = 0; i < kRows / kRowsAtOnce; i++) {
+        const int row = first + i * kRowsAtOnce;
+        if (row < n_rows) {
+            const uint4 value = load_shared<uint4>(source + Layout::offset(row, chunk));
+            store_global(reinterpret_cast<uint4*>(target + row * row_stride), value);
+        }
+    }
+}
+
+}  // namespace encoder_fast
