@@ -139,6 +139,24 @@ def report(
     print(f"wrote {path.name} and its pictures")
 
 
+@app.command()
+def tune(filter: Filter = "", out: Out = None, fake: Fake = False) -> None:
+    """Search launch configurations for this card and write kernels/launch_table.json."""
+    if fake:
+        if out is None:
+            raise typer.BadParameter("--fake needs --out: its winners must not be launched")
+        prepare_interpreter()
+    from bench.machine import find_machine
+    from bench.sources import ROOT
+    from bench.tune import tune as search_all
+
+    machine = find_machine(fake=fake)
+    if not (machine.is_gpu or fake):
+        raise typer.BadParameter("there is no GPU here to tune for")
+    path = (out or ROOT / "kernels") / "launch_table.json"
+    search_all(machine, path, filter.split())
+
+
 def _run(
     suites: tuple[str, ...],
     wanted: str,
