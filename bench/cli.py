@@ -157,6 +157,31 @@ def tune(filter: Filter = "", out: Out = None, fake: Fake = False) -> None:
     search_all(machine, path, filter.split())
 
 
+@app.command()
+def parity(
+    quick: Quick = False,
+    docs: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="docs")] = (
+        None
+    ),
+    fake: Fake = False,
+) -> None:
+    """Write docs/parity.md: errors by family, dtype and layer, labels, retrieval, batch-mates."""
+    if fake:
+        if docs is None:
+            raise typer.BadParameter("--fake needs --docs")
+        prepare_interpreter()
+    from bench.machine import find_machine
+    from bench.parity_page import write_page
+    from bench.sources import ROOT
+
+    quieten_libraries()
+    path = (docs or ROOT / "docs") / "parity.md"
+    if not write_page(find_machine(fake=fake), path, quick=quick):
+        print("bench: the parity rule is broken, see parity.md", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"wrote {path.name}")
+
+
 def _run(
     suites: tuple[str, ...],
     wanted: str,

@@ -13,7 +13,7 @@ from bench.contestant import Entry, Ready
 from bench.machine import Machine
 from bench.memory import peak_memory
 from bench.model_peers import ModelPeer, contestants
-from bench.models import SIZES, ModelCase, batch, build
+from bench.models import SIZES, ModelCase, build, inputs_of
 from bench.session import Session
 from bench.timing import Limits, race_models
 from bench.workloads import Workload
@@ -41,7 +41,7 @@ def run(session: Session) -> None:
 
 def hold(session: Session, case: ModelCase, name: str, limits: Limits) -> None:
     machine = session.machine
-    inputs = batch(case, machine)
+    inputs = inputs_of(case, machine)
     check = Check(machine, case, inputs)
 
     def prepare(peer: ModelPeer) -> Ready:
