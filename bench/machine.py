@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+import encoder_fast
 from encoder_fast.backends import NAMES, resolve, why_not
 from encoder_fast.backends.cpu import has_onednn
 
-# What a figure may depend on: ours, what it runs on, and every peer.
+# What a figure may depend on: what ours runs on, and every peer.
 PACKAGES = (
-    *("encoder-fast", "torch", "triton", "transformers", "sentence-transformers", "numpy"),
+    *("torch", "triton", "transformers", "sentence-transformers", "numpy"),
     *("onnx", "onnxruntime", "openvino", "flash-attn", "flashdeberta", "disentangled-flash"),
     "liger-kernel",
 )
@@ -124,7 +125,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    found = {"encoder-fast": encoder_fast.__version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

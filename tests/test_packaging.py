@@ -264,7 +264,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         assert {name for name in names if name.startswith("encoder_fast/")} == set(expected)
         for name, path in expected.items():
             assert archive.read(name) == path.read_bytes(), name
-    assert {"encoder_fast/py.typed", "encoder_fast/kernels/attention.py"} <= names
+    kernels = {f"encoder_fast/kernels/{name}" for name in ("attention.py", "launch_table.json")}
+    assert {"encoder_fast/py.typed", *kernels} <= names
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def run(session: Session) -> None:
         "fake": Limits(most=1, fewest=1, seconds=1),
     }[session.machine.kind]
     for case in grid(session.machine, session.quick):
-        if not session.wants(f"{SUITE} {case.name}"):
+        if not session.turn(SUITE, case.name, case.facts()):
             continue
         torch.manual_seed(0)
         sets = input_sets(session.machine, case)

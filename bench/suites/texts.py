@@ -66,7 +66,7 @@ def run(session: Session) -> None:
         return
     for case in grid(machine, session.quick):
         name = f"{source.name} {case.kind} x{case.count}"
-        if session.wants(f"{SUITE} {name}"):
+        if session.turn(SUITE, name, {"kind": case.kind}):
             with torch.inference_mode():
                 hold(session, source, case, name, limits)
 
