@@ -49,11 +49,12 @@ EF_DEVICE void copy_rows_async(SharedAddress target, const Element* source, int6
 
 // Writes n_rows of the kRows rows that a warp has in shared memory to global memory.
 template <int kHeadDim, int kRows, class Element>
-EF_DEVICE void store_rows(Element* target, int64_t row_stride, SharedAddress source, int n_rows) {
+EF_DEVICE void store_rows(Element* target, int row_stride, SharedAddress source, int n_rows,
+                          int lane) {
     using Layout = RowLayout<kHeadDim>;
     constexpr int kRowsAtOnce = kWarpSize / Layout::kChunks;
-    const int chunk = lane_id() % Layout::kChunks;
-    const int first = lane_id() / Layout::kChunks;
+    const int chunk = lane % Layout::kChunks;
+    const int first = lane / Layout::kChunks;
     target += chunk * (kChunkBytes / 2);
 #pragma unroll
     for (int i = 0; i < kRows / kRowsAtOnce; i++) {

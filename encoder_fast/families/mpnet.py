@@ -103,5 +103,8 @@ FAMILY = Family(
     output_class="BaseModelOutputWithPooling",
     stack=("embeddings", "encoder"),
     read=read,
-    first_token_heads=("MPNetForSequenceClassification",),
+    first_token_heads={
+        "MPNetForSequenceClassification": "MPNetClassificationHead",
+        "MPNetForMultipleChoice": None,
+    },
 )
