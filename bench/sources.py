@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ _PATTERNS = (
 )
 
 
+@functools.cache
 def fingerprints(root: Path = ROOT) -> dict[str, str]:
     """A hash of each source file, by its path in the repository."""
     files = {path for pattern in _PATTERNS for path in root.glob(pattern) if path.is_file()}
@@ -53,11 +55,11 @@ def _has_docstring(body: list[ast.stmt]) -> bool:
 
 def sources_of_op(op: str, backend: str) -> tuple[str, ...]:
     """Prefixes of the files behind one op on one backend."""
-    shared = ("encoder_fast/backends/linears.py", f"encoder_fast/backends/{backend}.py")
-    if backend == "triton":
-        norms = ("kernels/row_norm.py", "kernels/launch_table")
-        return *shared, f"kernels/{op}.py", *(norms if op.endswith("layer_norm") else norms[1:])
-    return *shared, *(("csrc/",) if backend == "cuda" else ())
+    own = ["encoder_fast/backends/linears.py", f"encoder_fast/backends/{backend}.py"]
+    if backend == "triton" and (ROOT / f"kernels/{op}.py").exists():
+        own += [f"kernels/{op}.py", "kernels/launch_table"]
+        own += ["kernels/row_norm.py"] if op.endswith("layer_norm") else []
+    return *own, *(("csrc/",) if backend == "cuda" else ())
 
 
 def sources_of_model(backend: str) -> tuple[str, ...]:
