@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bench.machine import find_machine
-from bench.ops import OPS, WIDTHS, OpCase, to_double
+from bench.op_case import WIDTHS, OpCase, to_double
+from bench.ops import OPS, facts_of
 from bench.roofs import dtype_name
 from bench.workloads import Workload
 from encoder_fast.parity import compare
@@ -41,5 +42,5 @@ def test_op(benchmark: Any, op: str, workload: Workload, dtype: torch.dtype, bac
             call()
             MACHINE.synchronize()
 
-        benchmark.extra_info.update(case.facts())
+        benchmark.extra_info.update(facts_of(case))
         benchmark(run)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import encoder_fast
-from encoder_fast.backends import NAMES, resolve, why_not
+from encoder_fast.backends import resolve, why_not
 from encoder_fast.backends.cpu import has_onednn
 
 # What a figure may depend on: what ours runs on, and every peer.
@@ -22,6 +22,8 @@ PACKAGES = (
     *("onnx", "onnxruntime", "openvino", "flash-attn", "flashdeberta", "disentangled-flash"),
     "liger-kernel",
 )
+
+_TIMED = ("cpu", "triton", "cuda")
 
 _GPU_FACTS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
 
@@ -63,12 +65,10 @@ class Machine:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Our backends worth timing here; ``reference`` is an oracle, not a contestant."""
+        """Our backends worth timing here: neither the oracle nor an emulation is."""
         if self.is_fake:
             return ("triton",)
-        return tuple(
-            name for name in NAMES if name != "reference" and why_not(name, self.device) is None
-        )
+        return tuple(name for name in _TIMED if why_not(name, self.device) is None)
 
     @property
     def default_backend(self) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bench.contestant import Unavailable
 from bench.sources import ROOT
-from encoder_fast.cli.demo_run import QUERIES, read_passages
+from encoder_fast.cli.checkpoint import read_passages
+from encoder_fast.cli.demo_run import QUERIES
 
 _MODEL = "rxnfp/models/transformers/bert_ft_10k_25s"
 

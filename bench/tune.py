@@ -18,7 +18,8 @@ import torch
 
 from bench.contestant import first_line
 from bench.machine import Machine
-from bench.ops import OPS, WIDTHS, OpCase, to_double
+from bench.op_case import WIDTHS, OpCase, to_double
+from bench.ops import OPS
 from bench.suites.kernels import input_sets
 from bench.timing import Call, Limits, race_kernels
 from bench.workloads import Workload

@@ -16,7 +16,8 @@ from bench import compare, record
 from bench.cli import app
 from bench.machine import Machine
 from bench.models import SIZES, ModelCase
-from bench.ops import WIDTHS, OpCase
+from bench.op_case import WIDTHS, OpCase
+from bench.ops import facts_of
 from bench.report.choice import choose
 from bench.report.page import write_report
 from bench.sources import fingerprints, sources_of_model, sources_of_op
@@ -63,8 +64,10 @@ def rows(ours: float = 1.0, peers: float = 1.0) -> list[record.Row]:
     made.append(row("texts", "queries", "sentence-transformers", 0.2, facts))
     case = OpCase("attention", WIDTHS["base"], HALF, torch.float32)
     sources = sources_of_op("attention", "cpu")
-    made.append(row("kernels", case.name, "encoder_fast cpu", 0.01, case.facts(), sources=sources))
-    made.append(row("kernels", case.name, "SDPA, padded", 0.02, case.facts()))
+    made.append(
+        row("kernels", case.name, "encoder_fast cpu", 0.01, facts_of(case), sources=sources)
+    )
+    made.append(row("kernels", case.name, "SDPA, padded", 0.02, facts_of(case)))
     made.append(record.Row("models", "x", "OpenVINO", False, record.SKIPPED, "is not installed"))
     return made
 

@@ -19,7 +19,8 @@ from bench.models import spread_vectors
 from bench.session import Session
 from bench.sources import sources_of_model
 from bench.timing import Limits, race_models
-from encoder_fast.cli.demo_run import bundled_model, read_passages
+from encoder_fast.cli.checkpoint import read_passages
+from encoder_fast.cli.demo_run import bundled_model
 from encoder_fast.cli.errors import UserError
 from encoder_fast.parity import ParityRow, compare
 
