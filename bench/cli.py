@@ -101,6 +101,87 @@ def all_suites(
     _run(SUITES, filter, quick, out, threads, fake)
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A record.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="A later one.", show_default=False)],
+) -> None:
+    """What changed for encoder_fast from record A to record B, and what only chance moved."""
+    from bench.compare import compare as compare_records
+    from bench.compare_show import show
+    from bench.record import read
+
+    try:
+        found = compare_records(read(a), read(b))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    show(found)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        Path | None, typer.Option(help="Folder of records.", show_default="bench/results")
+    ] = None,
+    docs: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="docs")] = (
+        None
+    ),
+) -> None:
+    """Write docs/performance.md and its pictures from the newest records of each device."""
+    from bench.record import RESULTS
+    from bench.report.page import write_report
+    from bench.sources import ROOT
+
+    try:
+        path = write_report(results or RESULTS, docs or ROOT / "docs")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    print(f"wrote {path.name} and its pictures")
+
+
+@app.command()
+def tune(filter: Filter = "", out: Out = None, fake: Fake = False) -> None:
+    """Search launch configurations for this card and write kernels/launch_table.json."""
+    if fake:
+        if out is None:
+            raise typer.BadParameter("--fake needs --out: its winners must not be launched")
+        prepare_interpreter()
+    from bench.machine import find_machine
+    from bench.sources import ROOT
+    from bench.tune import tune as search_all
+
+    machine = find_machine(fake=fake)
+    if not (machine.is_gpu or fake):
+        raise typer.BadParameter("there is no GPU here to tune for")
+    path = (out or ROOT / "kernels") / "launch_table.json"
+    search_all(machine, path, filter.split())
+
+
+@app.command()
+def parity(
+    quick: Quick = False,
+    docs: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="docs")] = (
+        None
+    ),
+    fake: Fake = False,
+) -> None:
+    """Write docs/parity.md: errors by family, dtype and layer, labels, retrieval, batch-mates."""
+    if fake:
+        if docs is None:
+            raise typer.BadParameter("--fake needs --docs")
+        prepare_interpreter()
+    from bench.machine import find_machine
+    from bench.parity_page import write_page
+    from bench.sources import ROOT
+
+    quieten_libraries()
+    path = (docs or ROOT / "docs") / "parity.md"
+    if not write_page(find_machine(fake=fake), path, quick=quick):
+        print("bench: the parity rule is broken, see parity.md", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"wrote {path.name}")
+
+
 def _run(
     suites: tuple[str, ...],
     wanted: str,

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
-from encoder_fast.backends import NAMES, resolve, why_not
+import encoder_fast
+from encoder_fast.backends import resolve, why_not
 from encoder_fast.backends.cpu import has_onednn
 
-# What a figure may depend on: ours, what it runs on, and every peer.
+# What a figure may depend on: what ours runs on, and every peer.
 PACKAGES = (
-    *("encoder-fast", "torch", "triton", "transformers", "sentence-transformers", "numpy"),
+    *("torch", "triton", "transformers", "sentence-transformers", "numpy"),
     *("onnx", "onnxruntime", "openvino", "flash-attn", "flashdeberta", "disentangled-flash"),
     "liger-kernel",
 )
+
+_TIMED = ("cpu", "triton", "cuda")
 
 _GPU_FACTS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
 
@@ -62,12 +65,10 @@ class Machine:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Our backends worth timing here; ``reference`` is an oracle, not a contestant."""
+        """Our backends worth timing here: neither the oracle nor an emulation is."""
         if self.is_fake:
             return ("triton",)
-        return tuple(
-            name for name in NAMES if name != "reference" and why_not(name, self.device) is None
-        )
+        return tuple(name for name in _TIMED if why_not(name, self.device) is None)
 
     @property
     def default_backend(self) -> str:
@@ -124,7 +125,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    found = {"encoder-fast": encoder_fast.__version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

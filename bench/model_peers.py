@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
+import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +109,9 @@ def _compiled(mode: str) -> Callable[..., Forward]:
         model = build(case, machine, _best_attention(case))
         run = torch.compile(model, mode=mode, dynamic=False)
         # Weights as constants let inductor put them in oneDNN's layout once, at compile time.
-        with inductor.patch(freezing=mode != "default" and not machine.is_gpu):
+        freezing = mode != "default" and not machine.is_gpu
+        # Its search prints a table for each GEMM.
+        with contextlib.redirect_stderr(io.StringIO()), inductor.patch(freezing=freezing):
             run(**inputs)
 
         def forward(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -210,7 +210,7 @@ def spread_vectors(model: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
-def batch(case: ModelCase, machine: Machine, seed: int = 0) -> dict[str, Tensor]:
+def inputs_of(case: ModelCase, machine: Machine, seed: int = 0) -> dict[str, Tensor]:
     """A padded batch of random tokens, as a tokenizer would give it."""
     chance = torch.Generator().manual_seed(seed)
     config = config_of(case, machine)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from bench.contestant import Unavailable, need
 from bench.machine import Machine
-from bench.ops import EPS, OPS, Inputs, OpCase
+from bench.op_attention import WINDOW, pad
+from bench.op_case import EPS, Inputs, OpCase
+from bench.ops import OPS
 from bench.timing import Call
 
 
@@ -63,16 +65,6 @@ def _compiled(machine: Machine, case: OpCase, sets: Sequence[Inputs]) -> Prepare
     return Prepared([lambda inputs=inputs: run(inputs) for inputs in sets])
 
 
-def _padded(case: OpCase, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(total, ...)`` as ``(B, S, ...)``, and where the real tokens are, ``(B, S)``."""
-    workload = case.workload
-    lengths = torch.tensor(workload.lengths, device=x.device)
-    valid = torch.arange(workload.longest, device=x.device) < lengths[:, None]
-    padded = x.new_zeros(workload.batch, workload.longest, *x.shape[1:])
-    padded[valid] = x
-    return padded, valid
-
-
 def _sdpa(*backends: str) -> Callable[..., Prepared]:
     """SDPA on the padded batch; with backends named, those alone may run."""
 
@@ -80,16 +72,22 @@ def _sdpa(*backends: str) -> Callable[..., Prepared]:
         _forbid(bool(backends) and not machine.is_gpu, "needs an NVIDIA GPU")
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        full = case.workload.padding == 0
+        full, windowed = case.workload.padding == 0, case.op == "window_attention"
         _forbid("FLASH_ATTENTION" in backends and not full, "takes no padding mask")
         chosen = [getattr(SDPBackend, name) for name in backends]
         valid = None
 
         def call_for(inputs: Inputs) -> Call:
             nonlocal valid
-            qkv, valid = _padded(case, inputs["qkv"])
+            qkv, valid = pad(case, inputs["qkv"])
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             mask = None if full else valid[:, None, None, :]
+            if windowed:
+                place = torch.arange(case.workload.longest, device=q.device)
+                near = (place[:, None] - place).abs() <= WINDOW
+                # where no key is near enough, padding sees itself: a row of nothing would be NaN
+                own = place[:, None] == place
+                mask = near & (valid[:, None, None, :] | own)
 
             def call() -> Tensor:
                 only = sdpa_kernel(chosen) if chosen else contextlib.nullcontext()
@@ -112,7 +110,8 @@ def _torch_varlen(machine: Machine, case: OpCase, sets: Sequence[Inputs]) -> Pre
     def call_for(inputs: Inputs) -> Call:
         q, k, v = inputs["qkv"].unbind(1)
         bounds, longest = inputs["cu_seqlens"], inputs["longest"]
-        return lambda: varlen_attn(q, k, v, bounds, bounds, longest, longest)
+        window = (WINDOW, WINDOW) if case.op == "window_attention" else (-1, -1)
+        return lambda: varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window)
 
     return Prepared([call_for(inputs) for inputs in sets])
 
@@ -128,7 +127,8 @@ def _flash_attn(module: str, package: str) -> Callable[..., Prepared]:
         def call_for(inputs: Inputs) -> Call:
             q, k, v = inputs["qkv"].unbind(1)
             bounds, longest = inputs["cu_seqlens"], inputs["longest"]
-            return lambda: function(q, k, v, bounds, bounds, longest, longest)
+            window = (WINDOW, WINDOW) if case.op == "window_attention" else (-1, -1)
+            return lambda: function(q, k, v, bounds, bounds, longest, longest, window_size=window)
 
         def pack(result: Any) -> Tensor:
             return result[0] if isinstance(result, tuple) else result
@@ -143,11 +143,12 @@ def _flex(machine: Machine, case: OpCase, sets: Sequence[Inputs]) -> Prepared:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     total = case.workload.tokens
+    reach = WINDOW if case.op == "window_attention" else total
     lengths = torch.tensor(case.workload.lengths, device=machine.device)
     text = torch.repeat_interleave(torch.arange(len(lengths), device=machine.device), lengths)
 
     def same_text(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return text[i] == text[j]
+        return (text[i] == text[j]) & ((i - j).abs() <= reach)
 
     mask = create_block_mask(same_text, None, None, total, total, device=machine.device)
     run = torch.compile(flex_attention, dynamic=False)
@@ -173,7 +174,7 @@ def _liger(machine: Machine, case: OpCase, sets: Sequence[Inputs]) -> Prepared:
 
 def _masked_mean(machine: Machine, case: OpCase, sets: Sequence[Inputs]) -> Prepared:
     def call_for(inputs: Inputs) -> Call:
-        padded, valid = _padded(case, inputs["x"])
+        padded, valid = pad(case, inputs["x"])
         mask = valid.unsqueeze(-1).float()
         return lambda: (padded.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
@@ -185,20 +186,23 @@ def _forbid(condition: bool, reason: str) -> None:
         raise Unavailable(reason)
 
 
+_VARLEN = (
+    OpPeer("torch varlen_attn", _torch_varlen, gpu_only=True),
+    OpPeer("flash-attn 2 varlen", _flash_attn("flash_attn", "flash-attn"), gpu_only=True),
+    OpPeer(
+        "flash-attn 3 varlen", _flash_attn("flash_attn_interface", "flash-attn 3"), gpu_only=True
+    ),
+    OpPeer("FlexAttention", _flex, compiles=True, gpu_only=True),
+)
+
 _SPECIAL: dict[str, tuple[OpPeer, ...]] = {
     "attention": (
         OpPeer("SDPA, padded", _sdpa()),
         OpPeer("SDPA flash", _sdpa("FLASH_ATTENTION"), gpu_only=True),
         OpPeer("SDPA cuDNN", _sdpa("CUDNN_ATTENTION"), gpu_only=True),
-        OpPeer("torch varlen_attn", _torch_varlen, gpu_only=True),
-        OpPeer("flash-attn 2 varlen", _flash_attn("flash_attn", "flash-attn"), gpu_only=True),
-        OpPeer(
-            "flash-attn 3 varlen",
-            _flash_attn("flash_attn_interface", "flash-attn 3"),
-            gpu_only=True,
-        ),
-        OpPeer("FlexAttention", _flex, compiles=True, gpu_only=True),
+        *_VARLEN,
     ),
+    "window_attention": (OpPeer("SDPA, padded", _sdpa()), *_VARLEN),
     "add_layer_norm": (OpPeer("Liger LayerNorm", _liger, gpu_only=True),),
     "pool": (OpPeer("masked mean, padded", _masked_mean),),
 }

@@ -1,172 +1,38 @@
-"""The ops under test: their inputs, their work, and how they are written in plain PyTorch.
-
-Each function of an :class:`Op` takes the inputs of one call. ``eager`` is both the first peer and,
-on float64 inputs, the reference that everybody is checked against. All results are packed,
-``(total, ...)``; peers in :mod:`bench.op_peers` bring theirs into that form for the check.
-"""
+"""The ops under test."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.op_attention import ATTENTION_OPS
+from bench.op_case import (
+    EPS,
+    VOCABULARY,
+    Inputs,
+    Op,
+    OpCase,
+    by_element,
+    lengths_of,
+    rows_moved,
+    vectors,
+)
 from bench.roofs import dtype_name
 from bench.timing import Call
-from bench.workloads import Workload
 from encoder_fast.ops import linear
 from encoder_fast.ops.add_layer_norm import add_layer_norm
-from encoder_fast.ops.attention import attention
 from encoder_fast.ops.embed_layer_norm import embed_layer_norm
 from encoder_fast.ops.pool import pool
-
-Inputs = dict[str, Any]
-EPS = 1e-12
-VOCABULARY = 30522
-
-
-@dataclass(frozen=True, slots=True)
-class Width:
-    """The sizes of a model's layer."""
-
-    name: str
-    heads: int
-    head_size: int
-    inner: int
-
-    @property
-    def hidden(self) -> int:
-        return self.heads * self.head_size
-
-
-WIDTHS = {
-    "minilm": Width("minilm", 12, 32, 1536),
-    "base": Width("base", 12, 64, 3072),
-    "large": Width("large", 16, 64, 4096),
-    "tiny": Width("tiny", 2, 16, 64),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class OpCase:
-    """One op on one batch in one dtype."""
-
-    op: str
-    width: Width
-    workload: Workload
-    dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        return f"{self.op} {self.width.name} {self.workload.name} {dtype_name(self.dtype)}"
-
-    def facts(self) -> dict[str, Any]:
-        op, workload = OPS[self.op], self.workload
-        return {
-            "op": self.op,
-            "width": self.width.name,
-            "heads": self.width.heads,
-            "head_size": self.width.head_size,
-            "dtype": dtype_name(self.dtype),
-            "workload": workload.name,
-            "tokens": workload.tokens,
-            "padding": round(workload.padding, 3),
-            "bytes": op.moved(self),
-            "operations": op.operations(self),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Op:
-    """An operation.
-
-    Attributes:
-        inputs: new random ones for a case on a device.
-        ours: our op on a backend by name, as the engine calls it; weights are made ready before.
-        eager: plain PyTorch, in the dtype of the inputs.
-        eager_races: ``eager`` is how people write the op, and so a peer.
-        moved: bytes that have to be read and written, each once.
-        operations: floating point operations, a multiplication and an addition counted as two.
-    """
-
-    inputs: Callable[[OpCase, torch.device], Inputs]
-    ours: Callable[[Inputs, str], Call]
-    eager: Callable[[Inputs], Tensor]
-    moved: Callable[[OpCase], int]
-    operations: Callable[[OpCase], int]
-    eager_races: bool = True
-
-
-def to_double(inputs: Inputs) -> Inputs:
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-
-
-def _itemsize(case: OpCase) -> int:
-    return case.dtype.itemsize
-
-
-def _vectors(case: OpCase, device: torch.device, *names: str) -> Inputs:
-    """Weights and biases of the hidden size, as far from 1 and 0 as trained ones are."""
-    size = case.width.hidden
-    return {
-        name: (torch.randn(size, device=device) * 0.1 + (name == "weight")).to(case.dtype)
-        for name in names
-    }
-
-
-def _lengths(case: OpCase, device: torch.device) -> Inputs:
-    bounds = torch.tensor([0, *case.workload.lengths]).cumsum(0).to(torch.int32)
-    return {
-        "lengths": case.workload.lengths,
-        "cu_seqlens": bounds.to(device),
-        "longest": max(case.workload.lengths),
-    }
-
-
-def _attention_inputs(case: OpCase, device: torch.device) -> Inputs:
-    width = case.width
-    shape = (case.workload.tokens, 3, width.heads, width.head_size)
-    qkv = torch.randn(shape, device=device).to(case.dtype)
-    return {"qkv": qkv, **_lengths(case, device)}
-
-
-def _attention_ours(inputs: Inputs, backend: str) -> Call:
-    q, k, v = inputs["qkv"].unbind(1)
-    cu_seqlens, longest = inputs["cu_seqlens"], inputs["longest"]
-    return lambda: attention(q, k, v, cu_seqlens, longest, backend=backend)
-
-
-def _attention_eager(inputs: Inputs) -> Tensor:
-    """Text by text, so that it also serves as the float64 reference of ragged batches."""
-    out = []
-    bounds = [0]
-    for length in inputs["lengths"]:
-        bounds.append(bounds[-1] + length)
-    for start, stop in pairwise(bounds):
-        q, k, v = inputs["qkv"][start:stop].permute(1, 2, 0, 3)
-        scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-        out.append((torch.softmax(scores, dim=-1) @ v).transpose(0, 1))
-    return torch.cat(out)
-
-
-def _attention_operations(case: OpCase) -> int:
-    pairs = sum(length * length for length in case.workload.lengths)
-    return 4 * pairs * case.width.hidden
 
 
 def _norm_inputs(case: OpCase, device: torch.device) -> Inputs:
     shape = (case.workload.tokens, case.width.hidden)
     x, residual = (torch.randn(shape, device=device).to(case.dtype) for _ in range(2))
-    return {"x": x, "residual": residual, **_vectors(case, device, "weight", "bias")}
+    return {"x": x, "residual": residual, **vectors(case, device, "weight", "bias")}
 
 
 def _norm_ours(inputs: Inputs, backend: str) -> Call:
@@ -194,7 +60,7 @@ def _linear_ours(inputs: Inputs, backend: str) -> Call:
 
 def _linear_moved(case: OpCase) -> int:
     tokens, hidden, inner = case.workload.tokens, case.width.hidden, case.width.inner
-    return (tokens * (hidden + inner) + hidden * inner) * _itemsize(case)
+    return (tokens * (hidden + inner) + hidden * inner) * case.dtype.itemsize
 
 
 def _embed_inputs(case: OpCase, device: torch.device) -> Inputs:
@@ -207,7 +73,7 @@ def _embed_inputs(case: OpCase, device: torch.device) -> Inputs:
         "position_ids": torch.tensor(positions, device=device),
         "token_type_ids": torch.zeros(total, dtype=torch.int64, device=device),
         **tables,
-        **_vectors(case, device, "weight", "bias"),
+        **vectors(case, device, "weight", "bias"),
     }
 
 
@@ -226,7 +92,7 @@ def _embed_eager(inputs: Inputs) -> Tensor:
 
 def _pool_inputs(case: OpCase, device: torch.device) -> Inputs:
     x = torch.randn(case.workload.tokens, case.width.hidden, device=device)
-    return {"x": x.to(case.dtype), **_lengths(case, device)}
+    return {"x": x.to(case.dtype), **lengths_of(case, device)}
 
 
 def _pool_eager(inputs: Inputs) -> Tensor:
@@ -235,35 +101,18 @@ def _pool_eager(inputs: Inputs) -> Tensor:
 
 
 def _pool_moved(case: OpCase) -> int:
-    read = case.workload.tokens * case.width.hidden * _itemsize(case)
+    read = case.workload.tokens * case.width.hidden * case.dtype.itemsize
     return read + case.workload.batch * case.width.hidden * 4
 
 
-def _rows_moved(rows: int) -> Callable[[OpCase], int]:
-    """So many rows of the hidden size for each token."""
-    return lambda case: rows * case.workload.tokens * case.width.hidden * _itemsize(case)
-
-
-def _by_element(count: int) -> Callable[[OpCase], int]:
-    """So many operations for each element of the hidden state."""
-    return lambda case: count * case.workload.tokens * case.width.hidden
-
-
 OPS: dict[str, Op] = {
-    "attention": Op(
-        inputs=_attention_inputs,
-        ours=_attention_ours,
-        eager=_attention_eager,
-        eager_races=False,
-        moved=_rows_moved(4),
-        operations=_attention_operations,
-    ),
+    **ATTENTION_OPS,
     "add_layer_norm": Op(
         inputs=_norm_inputs,
         ours=_norm_ours,
         eager=_norm_eager,
-        moved=_rows_moved(3),
-        operations=_by_element(10),
+        moved=rows_moved(3),
+        operations=by_element(10),
     ),
     "linear": Op(
         inputs=_linear_inputs,
@@ -276,8 +125,8 @@ OPS: dict[str, Op] = {
         inputs=_embed_inputs,
         ours=_embed_ours,
         eager=_embed_eager,
-        moved=_rows_moved(2),
-        operations=_by_element(10),
+        moved=rows_moved(2),
+        operations=by_element(10),
     ),
     "pool": Op(
         inputs=_pool_inputs,
@@ -285,6 +134,23 @@ OPS: dict[str, Op] = {
         eager=_pool_eager,
         eager_races=False,
         moved=_pool_moved,
-        operations=_by_element(1),
+        operations=by_element(1),
     ),
 }
+
+
+def facts_of(case: OpCase) -> dict[str, Any]:
+    """What a record says of a case."""
+    op, workload = OPS[case.op], case.workload
+    return {
+        "op": case.op,
+        "width": case.width.name,
+        "heads": case.width.heads,
+        "head_size": case.width.head_size,
+        "dtype": dtype_name(case.dtype),
+        "workload": workload.name,
+        "tokens": workload.tokens,
+        "padding": round(workload.padding, 3),
+        "bytes": op.moved(case),
+        "operations": op.operations(case),
+    }

@@ -7,6 +7,7 @@ people too, and a diff of two shows which figures moved.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -51,7 +52,7 @@ class Row:
     status: str
     reason: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
-    parity: dict[str, float] | None = None
+    parity: dict[str, float | None] | None = None
     seconds: dict[str, float | int] | None = None
     samples: tuple[float, ...] = ()
     clock: str = ""
@@ -78,9 +79,10 @@ class Row:
         return (float(self.seconds["p80"]) - float(self.seconds["p20"])) / self.median
 
 
-def parity_facts(row: ParityRow) -> dict[str, float]:
+def parity_facts(row: ParityRow) -> dict[str, float | None]:
+    """The errors of the parity rule; ``None`` for NaN, which JSON does not have."""
     values = {"error": row.error, "original_error": row.original_error, "floor": row.floor}
-    return {name: float(f"{value:.4g}") for name, value in values.items()}
+    return {k: float(f"{v:.4g}") if math.isfinite(v) else None for k, v in values.items()}
 
 
 def timed(times: Times) -> dict[str, Any]:
@@ -136,8 +138,8 @@ class RecordWriter:
 
 
 def dump(header: dict[str, Any], rows: list[Row]) -> str:
-    head = json.dumps(header, indent=1)
-    lines = ",\n".join("  " + json.dumps(_sparse(row)) for row in rows)
+    head = json.dumps(header, indent=1, allow_nan=False)
+    lines = ",\n".join("  " + json.dumps(_sparse(row), allow_nan=False) for row in rows)
     return f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n'
 
 

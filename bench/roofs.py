@@ -42,13 +42,15 @@ def measure_roofs(machine: Machine, seconds: float) -> dict[str, float]:
 
 
 def roof_seconds(
-    roofs: dict[str, float], dtype: torch.dtype, moved: float, operations: float, tf32: bool = False
+    roofs: dict[str, float], name: str, moved: float, operations: float
 ) -> tuple[float, str] | None:
     """The least time that the roofs allow a kernel, and which of them sets it.
 
+    Args:
+        name: the precision, ``fp32`` and so on.
+
     Returns ``None`` where a roof is not known.
     """
-    name = "tf32" if tf32 else dtype_name(dtype)
     # tensor cores run float16 and bfloat16 at one rate; a CPU without float16 widens it
     rate = roofs.get(name) or roofs.get({"fp16": "bf16", "bf16": "fp16"}.get(name, ""))
     if COPY not in roofs or not rate:

@@ -75,8 +75,17 @@ class Session:
     def left(self) -> float:
         return self._deadline - time.perf_counter()
 
-    def wants(self, name: str) -> bool:
-        return all(word in name for word in self.wanted)
+    def turn(self, suite: str, case: str, facts: dict[str, Any]) -> bool:
+        """Whether a case is to be run: it is wanted, and its suite's time is not up."""
+        if not all(word in f"{suite} {case}" for word in self.wanted):
+            return False
+        if self.left > 0:
+            return True
+        reason = "the suite's time is up"
+        self.console.print(f"[dim]{case}: {reason}[/]")
+        everybody = Row(suite, case, "everybody", False, record.SKIPPED, reason, facts)
+        self.writer.add(everybody)
+        return False
 
     def hold(
         self,
@@ -121,8 +130,6 @@ class Session:
                 self.broken.append(f"{row.case}, {row.contestant}: {reason}")
             return None, replace(row, status=status, reason=reason)
 
-        if self.left < 0:
-            return no(record.SKIPPED, "the suite's time is up")
         if entry.compiles and self.left < _COMPILE_SECONDS[self.machine.kind]:
             return no(record.SKIPPED, "too little of the suite's time is left to compile")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Everything that runs in a forward. Text handling, the command line and reports leave times alone.
 _PATTERNS = (
     *("kernels/*.py", "kernels/*.json", "csrc/**/*"),
-    *("encoder_fast/backends/*.py", "encoder_fast/ops/*.py", "encoder_fast/families/*.py"),
+    *("encoder_fast/backends/*.json", "encoder_fast/backends/*.py"),
+    *("encoder_fast/ops/*.py", "encoder_fast/families/*.py"),
     *("encoder_fast/engine.py", "encoder_fast/packing.py", "encoder_fast/weights.py"),
     *("encoder_fast/patching/*.py", "encoder_fast/text/*.py"),
 )
 
 
+@functools.cache
 def fingerprints(root: Path = ROOT) -> dict[str, str]:
     """A hash of each source file, by its path in the repository."""
     files = {path for pattern in _PATTERNS for path in root.glob(pattern) if path.is_file()}
@@ -51,21 +54,37 @@ def _has_docstring(body: list[ast.stmt]) -> bool:
     )
 
 
+# The Triton files behind an op; the others have none of their own.
+_KERNELS = {
+    "attention": ("attention", "attention_tiles", "launch_table"),
+    "window_attention": ("local_attention", "attention_tiles"),
+    "disentangled_attention": ("disentangled_attention", "attention_tiles"),
+    "rotary": ("rotary",),
+    "add_layer_norm": ("add_layer_norm", "row_norm", "launch_table"),
+    "embed_layer_norm": ("embed_layer_norm", "row_norm", "launch_table"),
+}
+
+
 def sources_of_op(op: str, backend: str) -> tuple[str, ...]:
     """Prefixes of the files behind one op on one backend."""
-    shared = ("encoder_fast/backends/linears.py", f"encoder_fast/backends/{backend}.py")
+    own = [
+        f"encoder_fast/backends/{name}" for name in (f"{backend}.py", "linears.py", "pooling.py")
+    ]
     if backend == "triton":
-        norms = ("kernels/row_norm.py", "kernels/launch_table")
-        return *shared, f"kernels/{op}.py", *(norms if op.endswith("layer_norm") else norms[1:])
-    return *shared, *(("csrc/",) if backend == "cuda" else ())
+        own += [f"kernels/{name}." for name in _KERNELS.get(op, ())]
+    elif backend == "cuda":
+        own += ["csrc/", "encoder_fast/backends/cuda_kernels.py"]
+    return tuple(own)
 
 
 def sources_of_model(backend: str) -> tuple[str, ...]:
     """Prefixes of the files behind a whole model on one backend."""
     engine = ("encoder_fast/engine.py", "encoder_fast/packing.py", "encoder_fast/weights.py")
-    kernels = {"triton": ("kernels/",), "cuda": ("kernels/", "csrc/")}.get(backend, ())
-    backends = ("encoder_fast/backends/linears.py", f"encoder_fast/backends/{backend}.py")
-    return *engine, *backends, "encoder_fast/patching/", *kernels
+    own = ("encoder_fast/backends/", "encoder_fast/ops/", "encoder_fast/patching/")
+    if backend == "cpu":
+        names = ("cpu", "linears.py", "pooling.py")
+        own = (*(f"encoder_fast/backends/{name}" for name in names), "encoder_fast/patching/")
+    return *engine, *own, *(() if backend == "cpu" else ("kernels/", "csrc/"))
 
 
 def changed(prefixes: Iterable[str], then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:

@@ -142,14 +142,26 @@ EF_DEVICE float exp2_approx(float x) {
 #endif
 }
 
+// To 1 unit in the last place; results below the smallest normal float are 0.
+EF_DEVICE float reciprocal_approx(float x) {
+#ifdef ENCODER_FAST_HOST
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 EF_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 EF_DEVICE int warp_id() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 
-// The same number, but the compiler no longer knows where it is from: what a loop computes from it
-// is computed there each time, instead of taking up registers around the loop.
+// The same number, of which the compiler no longer knows more than that it is not negative: what a
+// loop computes from it is computed there each time, instead of taking up registers around the loop.
 EF_DEVICE int opaque(int x) {
 #ifndef ENCODER_FAST_HOST
     asm volatile("" : "+r"(x));
+    __builtin_assume(x >= 0);
 #endif
     return x;
 }

@@ -12,10 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder_fast.ops import add_layer_norm, attention, embed_layer_norm, linear, rotary
+from encoder_fast.ops import (
+    add_layer_norm,
+    attention,
+    disentangled_attention,
+    embed_layer_norm,
+    linear,
+    rotary,
+)
+from encoder_fast.ops.disentangled_attention import make_row_of_distance
 from encoder_fast.ops.linear import PreparedLinear
 from encoder_fast.packing import PackedBatch
-from encoder_fast.spec import AttentionSpec, EmbeddingSpec, EncoderSpec, RelativeBias, RotarySpec
+from encoder_fast.spec import (
+    AttentionSpec,
+    ConvolutionSpec,
+    DisentangledAttention,
+    EmbeddingSpec,
+    EncoderSpec,
+    RelativeBias,
+    RotarySpec,
+    SoftmaxAttention,
+    epsilon,
+)
 from encoder_fast.weights import EncoderWeights, LayerWeights
 
 
@@ -42,7 +60,8 @@ def embed(
         token_type_ids = torch.zeros_like(position_ids)
     position_table = None if spec.position is None else spec.position.weight
     norm = spec.norm
-    if inputs_embeds is None and norm is not None:
+    projects_first = projection is not None and spec.projects_first
+    if inputs_embeds is None and norm is not None and not projects_first:
         hidden = embed_layer_norm.operator.run(
             input_ids,
             None if position_table is None else position_ids,
@@ -52,7 +71,7 @@ def embed(
             type_table,
             norm.weight,
             norm.bias,
-            norm.eps,
+            epsilon(norm),
             backend,
         )
     else:
@@ -64,6 +83,8 @@ def embed(
         for ids, table in ((token_type_ids, type_table), (position_ids, position_table)):
             if ids is not None and table is not None:
                 hidden = hidden + F.embedding(ids, table)
+        if projection is not None and projects_first:
+            hidden, projection = linear.run(hidden, projection, None, backend), None
         if norm is not None:
             hidden = _add_norm(norm, hidden, None, backend)
     return hidden if projection is None else linear.run(hidden, projection, None, backend)
@@ -119,16 +140,18 @@ def encode(
     """
     # What goes into the next half of a layer, and what its output is added to. In post-norm order
     # they are the same.
-    normed = residual = hidden
+    normed = residual = embeddings = hidden
     if spec.first_norm is not None:
         normed = _add_norm(spec.first_norm, hidden, None, backend)
     forward = _Forward(backend, batch, position_ids)
     keeps_sum = spec.norm_order == "pre"
     last = len(spec.layers) - 1
+    # A convolution behind the only layer reads all tokens.
+    leaves_out = first_token_alone and (last > 0 or spec.convolution is None)
     stages = zip(spec.layers, weights.layers, spec.norms, strict=True)
     for index, (layer, prepared, (norm_after_attention, norm_after_ffn)) in enumerate(stages):
         context = _attend(layer.attention, prepared, forward, normed)
-        if index == last and first_token_alone:
+        if index == last and leaves_out:
             context, residual = batch.first_tokens(context), batch.first_tokens(residual)
         attended = linear.run(context, prepared.attention_out, None, backend)
         normed, residual = _join(norm_after_attention, attended, residual, keeps_sum, backend)
@@ -138,10 +161,16 @@ def encode(
         if index == last and collect is None:
             keeps_sum = False
         normed, residual = _join(norm_after_ffn, transformed, residual, keeps_sum, backend)
+        if index == 0 and spec.convolution is not None:
+            assert weights.convolution is not None
+            normed = residual = _convolve(
+                spec.convolution, weights.convolution, backend, batch, embeddings, normed
+            )
         if collect is not None:
             collect.append(normed if index == last and spec.normed_last_state else residual)
     if first_token_alone:
-        return batch.blank_empty_rows(normed if spec.layers else batch.first_tokens(normed))
+        is_left_out = leaves_out and bool(spec.layers)
+        return batch.blank_empty_rows(normed if is_left_out else batch.first_tokens(normed))
     return normed
 
 
@@ -149,11 +178,18 @@ def _attend(
     spec: AttentionSpec, prepared: LayerWeights, forward: _Forward, hidden: Tensor
 ) -> Tensor:
     """The context of each token, ``(total, H · D)``, by the layer's kind of attention."""
-    batch, backend = forward.batch, forward.backend
-    qkv = linear.run(hidden, prepared.qkv, None, backend)
+    qkv = linear.run(hidden, prepared.qkv, None, forward.backend)
     # Read off the weights, not the config: a layer may have been pruned of heads.
     num_heads = qkv.shape[1] // (3 * spec.head_size)
-    qkv = qkv.view(batch.total, 3, num_heads, spec.head_size)
+    if isinstance(spec, DisentangledAttention):
+        context = _attend_disentangled(spec, prepared, forward, qkv, num_heads)
+    else:
+        context = _attend_softmax(spec, forward, qkv.view(-1, 3, num_heads, spec.head_size))
+    return context.flatten(1)
+
+
+def _attend_softmax(spec: SoftmaxAttention, forward: _Forward, qkv: Tensor) -> Tensor:
+    batch, backend = forward.batch, forward.backend
     if spec.rotary is not None:
         rotary.operator.run(qkv, *forward.angles(spec.rotary), backend)
     q, k, v = qkv.unbind(1)
@@ -167,7 +203,46 @@ def _attend(
         spec.window_size,
         forward.bias(spec.relative_bias),
         backend,
-    ).flatten(1)
+    )
+
+
+def _attend_disentangled(
+    spec: DisentangledAttention,
+    prepared: LayerWeights,
+    forward: _Forward,
+    qkv: Tensor,
+    num_heads: int,
+) -> Tensor:
+    batch, backend = forward.batch, forward.backend
+    if spec.by_head:
+        q, k, v = qkv.view(-1, num_heads, 3, spec.head_size).unbind(2)
+    else:
+        q, k, v = qkv.view(-1, 3, num_heads, spec.head_size).unbind(1)
+    cu_seqlens, max_seqlen, scale = batch.cu_seqlens, batch.max_seqlen, spec.softmax_scale
+    pos_key, pos_query = prepared.pos_key, prepared.pos_query
+    if pos_key is None and pos_query is None:
+        return attention.operator.run(q, k, v, cu_seqlens, max_seqlen, scale, None, None, backend)
+    assert spec.positions is not None
+    rows = make_row_of_distance(
+        spec.positions.span, spec.positions.buckets, spec.positions.max_distance, qkv.device
+    )
+    return disentangled_attention.operator.run(
+        q, k, v, pos_key, pos_query, rows, cu_seqlens, max_seqlen, scale, backend
+    )
+
+
+def _convolve(
+    spec: ConvolutionSpec,
+    prepared: PreparedLinear,
+    backend: str,
+    batch: PackedBatch,
+    embeddings: Tensor,
+    hidden: Tensor,
+) -> Tensor:
+    """The convolution along each sequence as one GEMM over the windows of its tokens."""
+    windows = batch.windows(embeddings, spec.conv.kernel_size[0])
+    convolved = linear.run(windows.flatten(1), prepared, spec.activation, backend)
+    return _add_norm(spec.norm, convolved, hidden, backend)
 
 
 def _join(
@@ -180,11 +255,13 @@ def _join(
         return total, total
     if keeps_sum:
         return add_layer_norm.sum_operator.run(
-            x, residual, norm.weight, norm.bias, norm.eps, None, backend
+            x, residual, norm.weight, norm.bias, epsilon(norm), None, backend
         )
     normed = _add_norm(norm, x, residual, backend)
     return normed, normed
 
 
 def _add_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-    return add_layer_norm.operator.run(x, residual, norm.weight, norm.bias, norm.eps, None, backend)
+    return add_layer_norm.operator.run(
+        x, residual, norm.weight, norm.bias, epsilon(norm), None, backend
+    )

@@ -79,6 +79,20 @@ class PackedBatch:
             return columns.repeat(self.batch_size)
         return self.indices % self.padded_length
 
+    def windows(self, packed: Tensor, size: int) -> Tensor:
+        """``(total, N)`` to ``(total, size, N)``: each token amid its neighbours of its own
+        sequence, and zeros where there are none. ``size`` is odd."""
+        tokens = torch.arange(packed.shape[0], device=packed.device, dtype=torch.int32)
+        sequence = torch.searchsorted(self.cu_seqlens[1:], tokens, right=True)
+        sequence = sequence.clamp_(max=self.batch_size - 1)
+        first, end = self.cu_seqlens[sequence], self.cu_seqlens[sequence + 1]
+        reach = torch.arange(-(size // 2), size // 2 + 1, device=packed.device, dtype=torch.int32)
+        places = tokens[:, None] + reach
+        outside = (places < first[:, None]) | (places >= end[:, None])
+        places = places.clamp_(0, packed.shape[0] - 1).view(-1)
+        gathered = packed.index_select(0, places).view(packed.shape[0], size, packed.shape[1])
+        return gathered.masked_fill_(outside[:, :, None], 0)
+
 
 @dataclass(frozen=True, slots=True)
 class MaskFacts:

@@ -50,10 +50,13 @@ class ParityRow:
     floor: float
 
     @property
+    def allowed(self) -> float:
+        """The largest error that the rule lets pass."""
+        return FACTOR * self.original_error + self.floor
+
+    @property
     def ok(self) -> bool:
-        return math.isfinite(self.error) and (
-            self.error <= FACTOR * self.original_error + self.floor
-        )
+        return math.isfinite(self.error) and self.error <= self.allowed
 
     @property
     def ratio(self) -> float:

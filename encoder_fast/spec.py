@@ -25,6 +25,7 @@ class EmbeddingSpec:
             other than this one, from ``position_padding_idx + 1``. Else a token's position is its
             column.
         projection: from the embeddings' width to the layers', or ``None`` where they are the same.
+        projects_first: the projection comes before the norm and not after it.
     """
 
     word: nn.Embedding
@@ -33,6 +34,7 @@ class EmbeddingSpec:
     norm: nn.LayerNorm | None
     position_padding_idx: int | None = None
     projection: nn.Linear | None = None
+    projects_first: bool = False
 
     @property
     def max_positions(self) -> int | None:
@@ -104,8 +106,61 @@ class SoftmaxAttention:
         return self.window_size is not None and length > self.window_size + 1
 
 
+@dataclass(frozen=True, slots=True)
+class RelativePositions:
+    """The embeddings of DeBERTa's relative positions, one table for all layers.
+
+    Attributes:
+        table: ``(2 * span, N)`` or more; the row of distance 0 is ``span``.
+        norm: normalises the table before a layer projects it.
+        buckets, max_distance: how distances share rows, as ``make_row_of_distance`` takes them.
+    """
+
+    table: nn.Embedding
+    norm: nn.LayerNorm | None
+    span: int
+    buckets: int
+    max_distance: int
+
+
+@dataclass(frozen=True, slots=True)
+class DisentangledAttention:
+    """Attention whose scores are the sum of content with content, with position, or both ways.
+
+    Attributes:
+        module: the module that holds the projections.
+        head_size: ``D``.
+        softmax_scale: of all terms alike.
+        positions: what the tables of the position terms are projected from.
+        pos_key, pos_query: the projections; ``None`` for a term that is left out.
+        by_head: the one projection of Q, K and V gives the three of each head side by side, and
+            their biases are the module's ``q_bias`` and ``v_bias``.
+    """
+
+    module: nn.Module
+    head_size: int
+    softmax_scale: float
+    positions: RelativePositions | None
+    pos_key: nn.Linear | None
+    pos_query: nn.Linear | None
+    by_head: bool = False
+
+    def sees_gaps(self, length: int) -> bool:
+        """Whether padding between two tokens of a row changes what they see: their distance."""
+        return self.pos_key is not None or self.pos_query is not None
+
+
 # One kind of attention for each way to compute it; the engine chooses by type.
-AttentionSpec = SoftmaxAttention
+AttentionSpec = SoftmaxAttention | DisentangledAttention
+
+
+@dataclass(frozen=True, slots=True)
+class ConvolutionSpec:
+    """``LayerNorm(hidden + activation(conv(embeddings)))`` along each sequence, zeros beyond it."""
+
+    conv: nn.Conv1d
+    activation: Activation
+    norm: nn.LayerNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +198,7 @@ class EncoderSpec:
         final_norm: in pre-norm order, the norm after the last layer.
         normed_last_state: whether the last of the hidden states is what ``final_norm`` gives, or
             what it gets.
+        convolution: in post-norm order, what the first layer's output goes through.
     """
 
     embeddings: EmbeddingSpec
@@ -150,6 +206,7 @@ class EncoderSpec:
     norm_order: Literal["post", "pre"] = "post"
     final_norm: nn.LayerNorm | None = None
     normed_last_state: bool = True
+    convolution: ConvolutionSpec | None = None
 
     @property
     def first_norm(self) -> nn.LayerNorm | None:
@@ -175,10 +232,11 @@ class EncoderSpec:
             embeddings.token_type,
             embeddings.norm,
             self.final_norm,
+            None if self.convolution is None else self.convolution.norm,
         ]
         for layer in self.layers:
             modules += (layer.attention_norm, layer.ffn_norm)
-            if layer.attention.relative_bias is not None:
+            if isinstance(layer.attention, SoftmaxAttention) and layer.attention.relative_bias:
                 modules.append(layer.attention.relative_bias.table)
         return [module for module in modules if module is not None]
 
@@ -186,6 +244,40 @@ class EncoderSpec:
     def head_sizes(self) -> frozenset[int]:
         return frozenset(layer.attention.head_size for layer in self.layers)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The kinds and options of attention that not every backend has."""
+        needs = set()
+        for layer in self.layers:
+            attention = layer.attention
+            if isinstance(attention, DisentangledAttention):
+                if attention.pos_key is not None or attention.pos_query is not None:
+                    needs.add("disentangled_attention")
+                continue
+            for name in ("rotary", "window_size", "relative_bias"):
+                if getattr(attention, name) is not None:
+                    needs.add(name)
+        return frozenset(needs)
+
+    @property
+    def positions(self) -> RelativePositions | None:
+        """The relative positions that the layers share, where they go by them."""
+        for layer in self.layers:
+            if isinstance(layer.attention, DisentangledAttention):
+                return layer.attention.positions
+        return None
+
     def sees_gaps(self, length: int) -> bool:
-        """Whether any layer does; see :meth:`SoftmaxAttention.sees_gaps`."""
-        return any(layer.attention.sees_gaps(length) for layer in self.layers)
+        """Whether padding between two tokens of a row changes what any layer computes for them.
+
+        Packed, tokens on both sides of a hole in the mask are neighbours.
+        """
+        return self.convolution is not None or any(
+            layer.attention.sees_gaps(length) for layer in self.layers
+        )
+
+
+def epsilon(norm: nn.Module) -> float:
+    """What a LayerNorm adds to the variance; DeBERTa v1's own class has its own name for it."""
+    attributes = norm.__dict__
+    return attributes["eps"] if "eps" in attributes else attributes["variance_epsilon"]

@@ -11,10 +11,12 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +31,9 @@ FLAGS = (
     "-U_FORTIFY_SOURCE",
     *("-DENCODER_FAST_HOST", f"-I{ROOT / 'csrc'}", f"-I{EMULATION}"),
 )
+
+
+UNITS = (".cu", ".cpp")
 
 
 def why_not() -> str | None:
@@ -64,14 +69,24 @@ def build(module: str, *sources: Path) -> ModuleType:
             for stale in CACHE.glob(f"{module}-*"):
                 shutil.rmtree(stale)
             folder.mkdir()
-            objects = []
-            for unit in units:
-                objects.append(str(folder / f"{unit.name}.o"))
-                _run([*command, "-c", "-x", "c++", str(unit), "-o", objects[-1]])
+            objects = [str(folder / f"{unit.name}.o") for unit in units]
+            compiles = [
+                [*command, "-c", "-x", "c++", str(unit), "-o", target_object]
+                for unit, target_object in zip(units, objects, strict=True)
+            ]
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                for _ in pool.map(_run, compiles):
+                    pass
             _run(["g++", "-shared", *objects, "-o", str(folder / "unfinished")])
             (folder / "unfinished").rename(target)
     sys.path.insert(0, str(folder))
     return importlib.import_module(module)
+
+
+def build_backend() -> ModuleType:
+    """The module `_cuda_host`, by which the backend `cuda-host` runs."""
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in UNITS)
+    return build("_cuda_host", *sources)
 
 
 def _run(command: list[str]) -> None:

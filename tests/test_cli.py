@@ -25,6 +25,7 @@ from cli_runs import call, one_line, tiny_model
 from rich.console import Console
 
 from encoder_fast.cli import demo_run
+from encoder_fast.cli.checkpoint import read_passages
 from encoder_fast.cli.demo import show
 from encoder_fast.cli.demo_run import Demo, DemoResult
 
@@ -57,7 +58,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_shows_examples(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    commands = ("demo", "info", "embed", "classify", "tag")
+    commands = ("demo", "info", "embed", "classify", "tag", "parity", "bench")
     for arguments in (["--help"], ["info", "-h"], *([name, "--help"] for name in commands)):
         assert call(monkeypatch, *arguments) == 0
         text = capsys.readouterr().out
@@ -230,7 +231,7 @@ def test_search_finds_the_answers(shown: tuple[DemoResult, str]) -> None:
 
 def test_answers_share_no_word_with_their_query() -> None:
     """Else a search by words would do as well."""
-    passages = demo_run.read_passages()
+    passages = read_passages()
     for query, expected in zip(demo_run.QUERIES, ANSWERS, strict=True):
         (passage,) = (p for p in passages if expected in p)
         query_words, words = (set(re.findall(r"[a-z]{4,}", x.lower())) for x in (query, passage))
@@ -238,7 +239,7 @@ def test_answers_share_no_word_with_their_query() -> None:
 
 
 def test_passages() -> None:
-    passages = demo_run.read_passages()
+    passages = read_passages()
     assert 40 <= len(passages) == len(set(passages))
     lengths = [len(passage.split()) for passage in passages]
     assert min(lengths) <= 7 and max(lengths) >= 55

@@ -6,18 +6,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from berts import DEVICE, DTYPES
+from kernel_backends import kernel_backends
 
 from encoder_fast.backends import why_not
 from encoder_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_sum
-from encoder_fast.ops.attention import attention
+from encoder_fast.ops.attention import attention, why_no_head_size
 from encoder_fast.ops.embed_layer_norm import embed_layer_norm
 from encoder_fast.ops.linear import linear, prepare_feed_forward, run_feed_forward
 from encoder_fast.ops.rotary import rotary, rotary_tables
 from encoder_fast.parity import compare
 
 BACKENDS = [
-    name for name in ("reference", "cpu", "triton") if why_not(name, torch.device(DEVICE)) is None
+    *(name for name in ("reference", "cpu") if why_not(name, torch.device(DEVICE)) is None),
+    *kernel_backends(),
 ]
+
+
+# attention in float32 has no CUDA kernel
+# The CUDA kernels have neither windows nor biases.
+WITH_OPTIONS = [name for name in BACKENDS if "cuda" not in name]
+WITH_DTYPES = [(name, dtype) for name in BACKENDS for dtype in DTYPES]
+ATTENTION = [(n, d) for n, d in WITH_DTYPES if not (n.startswith("cuda") and d == "fp32")]
+
+
+def head_size(backend: str) -> int:
+    """The smallest of 16 and 32 that a backend runs."""
+    return 16 if why_no_head_size(backend, 16) is None else 32
 
 
 def cumulative(lengths: list[int]) -> torch.Tensor:
@@ -41,12 +55,11 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "dtype"), ATTENTION)
 def test_attention(backend: str, dtype: str, lengths: str) -> None:
     counts = LENGTHS[lengths]
-    total = sum(counts)
-    qkv = torch.randn(total + 3, 3, 2, 16, dtype=DTYPES[dtype], device=DEVICE)
+    total, size = sum(counts), head_size(backend)
+    qkv = torch.randn(total + 3, 3, 2, size, dtype=DTYPES[dtype], device=DEVICE)
     q, k, v = qkv.unbind(1)
     output = attention(q, k, v, cumulative(counts), max(counts, default=0), backend=backend)
     assert output.shape == q.shape
@@ -59,20 +72,20 @@ def test_attention(backend: str, dtype: str, lengths: str) -> None:
         if not count:
             continue
         one = [x[rows].transpose(0, 1) for x in (q, k, v)]
-        eager = torch.softmax(one[0] @ one[1].transpose(1, 2) * 0.25, dim=-1) @ one[2]
+        eager = torch.softmax(one[0] @ one[1].transpose(1, 2) * size**-0.5, dim=-1) @ one[2]
         wide = [x.double() for x in one]
-        exact = torch.softmax(wide[0] @ wide[1].transpose(1, 2) * 0.25, dim=-1) @ wide[2]
+        exact = torch.softmax(wide[0] @ wide[1].transpose(1, 2) * size**-0.5, dim=-1) @ wide[2]
         check(output[rows], eager.transpose(0, 1), exact.transpose(0, 1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_scale(backend: str) -> None:
-    q, k, v = torch.randn(3, 9, 2, 16, device=DEVICE)
+@pytest.mark.parametrize(("backend", "dtype"), ATTENTION)
+def test_attention_scale(backend: str, dtype: str) -> None:
+    q, k, v = torch.randn(3, 9, 2, head_size(backend), device=DEVICE).to(DTYPES[dtype])
     output = attention(q, k, v, cumulative([9]), 9, softmax_scale=0.7, backend=backend)
-    expected = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1).double() for x in (q, k, v)), scale=0.7
-    )
-    torch.testing.assert_close(output.double(), expected.transpose(0, 1), rtol=1e-5, atol=1e-5)
+    heads = [x.transpose(0, 1) for x in (q, k, v)]
+    eager = torch.softmax(heads[0] @ heads[1].transpose(1, 2) * 0.7, dim=-1) @ heads[2]
+    exact = F.scaled_dot_product_attention(*(x.double() for x in heads), scale=0.7)
+    check(output, eager.transpose(0, 1), exact.transpose(0, 1))
 
 
 # Windows of a query alone, within a sequence, and as wide as all; biases that end within a sequence
@@ -94,7 +107,7 @@ OPTION_LENGTHS = {
 @pytest.mark.parametrize("lengths", OPTION_LENGTHS)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
 def test_attention_by_distance(backend: str, dtype: str, option: str, lengths: str) -> None:
     window, reach = OPTIONS[option]
     counts = OPTION_LENGTHS[lengths]
@@ -137,7 +150,7 @@ def distance_attention(
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
 def test_a_bias_in_float32_keeps_its_digits(backend: str, dtype: str) -> None:
     # Rounded to the dtype of q first, these would differ by half and more.
     qkv = torch.zeros(100, 3, 1, 16, dtype=DTYPES[dtype], device=DEVICE)
@@ -149,7 +162,7 @@ def test_a_bias_in_float32_keeps_its_digits(backend: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in WITH_OPTIONS if name != "reference"])
 def test_a_window_costs_nothing_outside_of_it(backend: str, dtype: str) -> None:
     # A NaN shows wherever it is looked at, be it behind a mask.
     qkv = torch.randn(1000, 3, 1, 16, dtype=DTYPES[dtype], device=DEVICE)

@@ -76,13 +76,47 @@ FAMILIES = {
         "Albert",
         (*_TOKEN_AND_TEXT, "ForPreTraining"),
     ),
+    # as the published ones: no absolute positions, spans shorter than the sequences of the tests
+    "deberta": (
+        "DebertaConfig",
+        {
+            **_BERT_SIZES,
+            "relative_attention": True,
+            "max_relative_positions": 12,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+        "Deberta",
+        [head for head in _TOKEN_AND_TEXT if head != "ForMultipleChoice"],
+    ),
+    "deberta_v2": (
+        "DebertaV2Config",
+        {
+            **_BERT_SIZES,
+            "relative_attention": True,
+            "position_buckets": 8,
+            "pos_att_type": ["c2p", "p2c"],
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+        "DebertaV2",
+        _TOKEN_AND_TEXT,
+    ),
 }
+
+DEBERTAS = ("deberta", "deberta_v2")
 
 # Their positions go by the ids.
 ROBERTAS = ("roberta", "xlm_roberta", "xlm_roberta_xl", "camembert", "mpnet")
 
 # Their attention goes by the distance of columns, which packing shortens where a mask has holes.
-BY_DISTANCE = ("modernbert", "mpnet")
+BY_DISTANCE = ("modernbert", "mpnet", *DEBERTAS)
+
+# They have no table of positions that could end.
+WITHOUT_LIMIT = ("modernbert", *DEBERTAS)
 
 CASES = [(family, head) for family, (*_, heads) in FAMILIES.items() for head in heads]
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bench.contestant import Entry, Ready
 from bench.machine import Machine
+from bench.op_case import WIDTHS, Inputs, OpCase, to_double
 from bench.op_peers import OpPeer, peers_of
-from bench.ops import OPS, WIDTHS, Inputs, OpCase, to_double
+from bench.ops import OPS, facts_of
 from bench.session import Session
 from bench.sources import sources_of_op
 from bench.timing import Call, Limits, race_kernels
@@ -35,13 +36,13 @@ def run(session: Session) -> None:
         "fake": Limits(most=1, fewest=1, seconds=1),
     }[session.machine.kind]
     for case in grid(session.machine, session.quick):
-        if not session.wants(f"{SUITE} {case.name}"):
+        if not session.turn(SUITE, case.name, facts_of(case)):
             continue
         torch.manual_seed(0)
         sets = input_sets(session.machine, case)
         with torch.inference_mode():
             entries = list(_entries(session.machine, case, sets))
-            session.hold(SUITE, case.name, case.facts(), entries, race_kernels, limits)
+            session.hold(SUITE, case.name, facts_of(case), entries, race_kernels, limits)
 
 
 def grid(machine: Machine, quick: bool) -> Iterator[OpCase]:

@@ -9,7 +9,7 @@ import torch
 from bench.contestant import Entry, Ready
 from bench.machine import Machine
 from bench.model_peers import EAGER, GRAPHS, OURS, SDPA, Forward, ModelPeer, contestants
-from bench.models import SIZES, ModelCase, batch
+from bench.models import SIZES, ModelCase, inputs_of
 from bench.session import Session
 from bench.suites.models import Check
 from bench.timing import Call, Limits, race_models
@@ -29,7 +29,7 @@ def run(session: Session) -> None:
     built: dict[tuple[str, str], Forward] = {}
     for case in grid(session.machine, session.quick):
         name = case.name(session.machine)
-        if session.wants(f"{SUITE} {name}"):
+        if session.turn(SUITE, name, case.facts(session.machine)):
             with torch.inference_mode():
                 hold(session, case, name, limits, built)
 
@@ -55,7 +55,7 @@ def hold(
     built: dict[tuple[str, str], Forward],
 ) -> None:
     machine = session.machine
-    inputs = batch(case, machine)
+    inputs = inputs_of(case, machine)
     check = Check(machine, case, inputs)
 
     def prepare(peer: ModelPeer) -> Ready:

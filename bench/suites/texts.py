@@ -19,7 +19,8 @@ from bench.models import spread_vectors
 from bench.session import Session
 from bench.sources import sources_of_model
 from bench.timing import Limits, race_models
-from encoder_fast.cli.demo_run import bundled_model, read_passages
+from encoder_fast.cli.checkpoint import read_passages
+from encoder_fast.cli.demo_run import bundled_model
 from encoder_fast.cli.errors import UserError
 from encoder_fast.parity import ParityRow, compare
 
@@ -66,7 +67,7 @@ def run(session: Session) -> None:
         return
     for case in grid(machine, session.quick):
         name = f"{source.name} {case.kind} x{case.count}"
-        if session.wants(f"{SUITE} {name}"):
+        if session.turn(SUITE, name, {"kind": case.kind}):
             with torch.inference_mode():
                 hold(session, source, case, name, limits)
 

@@ -9,7 +9,7 @@
 #include <cfloat>
 #include <cmath>
 
-#include "attention/products.cuh"
+#include "attention/fragments.cuh"
 #include "ptx.cuh"
 
 namespace encoder_fast {
@@ -27,16 +27,39 @@ EF_DEVICE float row_sum(float x) {
 
 // Keys from n_keys on are not there: their weight is to be 0.
 template <int kKeys>
-EF_DEVICE void mask_keys(Accumulator<kKeys>& scores, int n_keys) {
+EF_DEVICE void mask_keys(Accumulator<kKeys>& scores, int n_keys, int lane) {
 #pragma unroll
     for (int n = 0; n < kKeys / 8; n++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int key = 8 * n + lane_id() % 4 * 2 + i % 2;
+            const int key = 8 * n + lane % 4 * 2 + i % 2;
             scores[n][i] = key < n_keys ? scores[n][i] : -INFINITY;
         }
     }
 }
+
+// The two rows of a lane.
+struct RowSoftmax {
+    // Scaled. Finite from the start, so that a row whose scores so far are all -inf goes on as if
+    // it had had no keys.
+    float maxima[2] = {-FLT_MAX, -FLT_MAX};
+    float sums[2] = {0.0f, 0.0f};  // of this lane's columns
+
+    // Turns scores into weights.
+    EF_DEVICE void weigh(AccumulatorTile& tile, float scale_log2) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            tile[i] = exp2_approx(fmaf(tile[i], scale_log2, -maxima[i / 2]));
+            sums[i / 2] += tile[i];
+        }
+    }
+
+    // By what the sums of weighted values are to be multiplied at the end.
+    EF_DEVICE void normalise(float (&factors)[2]) const {
+        factors[0] = reciprocal_approx(row_sum(sums[0]));
+        factors[1] = reciprocal_approx(row_sum(sums[1]));
+    }
+};
 
 // Raises this lane's maxima of its two rows, in units of the scores.
 template <int kKeys>
@@ -48,36 +71,15 @@ EF_DEVICE void raise_maxima(float (&maxima)[2], const Accumulator<kKeys>& scores
     }
 }
 
-// Turns scores into weights, and adds this lane's to its sums. `maxima` are scaled.
-template <int kKeys>
-EF_DEVICE void exponentiate(Accumulator<kKeys>& scores, float (&sums)[2], const float (&maxima)[2],
-                            float scale_log2) {
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; n++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            scores[n][i] = exp2_approx(fmaf(scores[n][i], scale_log2, -maxima[i / 2]));
-            sums[i / 2] += scores[n][i];
-        }
-    }
-}
-
-// The state of 16 rows between tiles of keys.
-struct RunningSoftmax {
-    // Finite, so that a row whose scores so far are all -inf goes on as if it had had no keys.
-    float maxima[2] = {-FLT_MAX, -FLT_MAX};
-    float sums[2] = {0.0f, 0.0f};  // of this lane
-};
-
 // Weights may grow to 2^8 before a new maximum is taken: far below what float16 holds, and as
 // exact, while the rescaling is left out of most tiles.
 constexpr float kRescaleAbove = 8.0f;
 
-// Takes in a tile of scores, rescales what was summed up before if it must, and leaves weights.
+// Takes in the maxima of a further tile of scores, and rescales what was summed up where it must.
 template <int kKeys, int kHeadDim, int kRowTiles>
-EF_DEVICE void update_softmax(RunningSoftmax (&rows)[kRowTiles],
-                              Accumulator<kHeadDim> (&out)[kRowTiles],
-                              Accumulator<kKeys> (&scores)[kRowTiles], float scale_log2) {
+EF_DEVICE void update_maxima(RowSoftmax (&rows)[kRowTiles],
+                             Accumulator<kHeadDim> (&out)[kRowTiles],
+                             const Accumulator<kKeys> (&scores)[kRowTiles], float scale_log2) {
     float maxima[kRowTiles][2];
     bool rescale = false;
 #pragma unroll
@@ -86,30 +88,25 @@ EF_DEVICE void update_softmax(RunningSoftmax (&rows)[kRowTiles],
         raise_maxima<kKeys>(maxima[r], scores[r]);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float maximum = fmaxf(rows[r].maxima[half], row_maximum(maxima[r][half]) * scale_log2);
-            maxima[r][half] = maximum;
-            rescale = rescale || maximum > rows[r].maxima[half] + kRescaleAbove;
+            const float before = rows[r].maxima[half];
+            maxima[r][half] = fmaxf(before, row_maximum(maxima[r][half]) * scale_log2);
+            rescale = rescale || maxima[r][half] > before + kRescaleAbove;
         }
     }
-    if (any_lane(rescale)) {
-#pragma unroll
-        for (int r = 0; r < kRowTiles; r++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float factor = exp2_approx(rows[r].maxima[half] - maxima[r][half]);
-                rows[r].maxima[half] = maxima[r][half];
-                rows[r].sums[half] *= factor;
-#pragma unroll
-                for (int d = 0; d < kHeadDim / 8; d++) {
-                    out[r][d][2 * half] *= factor;
-                    out[r][d][2 * half + 1] *= factor;
-                }
-            }
-        }
-    }
+    if (!any_lane(rescale)) return;
 #pragma unroll
     for (int r = 0; r < kRowTiles; r++) {
-        exponentiate<kKeys>(scores[r], rows[r].sums, rows[r].maxima, scale_log2);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float factor = exp2_approx(rows[r].maxima[half] - maxima[r][half]);
+            rows[r].maxima[half] = maxima[r][half];
+            rows[r].sums[half] *= factor;
+#pragma unroll
+            for (int d = 0; d < kHeadDim / 8; d++) {
+                out[r][d][2 * half] *= factor;
+                out[r][d][2 * half + 1] *= factor;
+            }
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include "attention/fragments.cuh"
 #include "ptx.cuh"
 
 namespace encoder_fast {
@@ -18,9 +19,6 @@ constexpr int kMostSharedBytes = 99 * 1024;
 // All blocks together on sm_90, each with 1 KB for the system.
 constexpr int kSharedBytesPerMultiprocessor = 228 * 1024;
 constexpr int kSystemSharedBytes = 1024;
-
-// Rows, or columns, of a fragment of mma.m16n8k16 and of one ldmatrix_x4.
-constexpr int kFragment = 16;
 
 template <int kThreads, int kResidentBlocks>
 constexpr int register_limit() {
@@ -99,6 +97,12 @@ struct KeyLoopTraits {
     static constexpr int kRegisterLimit = register_limit<kThreads, kResidentBlocks>();
     static constexpr int kScoreRegisters = kRowTiles * kKeys / 2;
     static constexpr int kOutRegisters = kRowTiles * kHeadDim / 2;
+    // Beside these: fragments on their way, addresses, what the loop counts.
+    static constexpr int kOtherRegisters = 72;
+    // Queries that find no place are read again for each tile of keys.
+    static constexpr int kQueryRegisters = kRowTiles * kHeadDim / 4;
+    static constexpr bool kKeepsQueries =
+        kScoreRegisters + kOutRegisters + kQueryRegisters + kOtherRegisters <= kRegisterLimit;
 
     static_assert(sizeof(Element) == 2);
     static_assert(kHeadDim == 32 || kHeadDim == 64 || kHeadDim == 128);
@@ -107,7 +111,7 @@ struct KeyLoopTraits {
     static_assert(kSharedBytes <= kMostSharedBytes);
     static_assert((kSharedBytes + kSystemSharedBytes) * kResidentBlocks <=
                   kSharedBytesPerMultiprocessor);
-    static_assert(kScoreRegisters + kOutRegisters + 40 <= kRegisterLimit);
+    static_assert(kScoreRegisters + kOutRegisters + kOtherRegisters <= kRegisterLimit);
 };
 
 // The tiles that ship. docs/kernels/cuda_attention.md says why.
@@ -126,8 +130,8 @@ struct AttentionTiles<Element, 32> {
 template <class Element>
 struct AttentionTiles<Element, 64> {
     using UpTo32 = OneTileTraits<Element, 64, 32, 32, 1, 4, 4>;
-    using UpTo64 = OneTileTraits<Element, 64, 64, 64, 4, 1, 6>;
-    using UpTo128 = OneTileTraits<Element, 64, 128, 128, 4, 1, 4>;
+    using UpTo64 = OneTileTraits<Element, 64, 64, 64, 4, 1, 4>;
+    using UpTo128 = OneTileTraits<Element, 64, 128, 128, 4, 1, 3>;
     using Longer = KeyLoopTraits<Element, 64, 64, 4, 2, 2, 2>;
     using UpTo256 = Longer;
 };
@@ -135,7 +139,7 @@ struct AttentionTiles<Element, 64> {
 template <class Element>
 struct AttentionTiles<Element, 128> {
     using UpTo32 = OneTileTraits<Element, 128, 32, 32, 1, 4, 2>;
-    using UpTo64 = OneTileTraits<Element, 128, 64, 64, 4, 1, 4>;
+    using UpTo64 = OneTileTraits<Element, 128, 64, 64, 4, 1, 3>;
     using UpTo128 = OneTileTraits<Element, 128, 128, 64, 4, 1, 2>;
     using Longer = KeyLoopTraits<Element, 128, 32, 4, 2, 3, 2>;
     using UpTo256 = Longer;

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoder_fast.backends.cpu_attention import attention
+from encoder_fast.backends.cpu_disentangled import disentangled_attention
 from encoder_fast.backends.linears import (
     Activation,
     PreparedFeedForward,
@@ -28,6 +29,7 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",

@@ -24,6 +24,7 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
@@ -66,6 +67,35 @@ def attention(
         if window_size is not None:
             scores.masked_fill_(distance.abs() > window_size, float("-inf"))
         weights = torch.softmax(scores, dim=-1)
+        context = torch.einsum("hqk,khd->qhd", weights, _wide(v[start:stop]))
+        out[start:stop] = context.to(q.dtype)
+    return out
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    row_of_distance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> Tensor:
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    reach = row_of_distance.shape[0] // 2
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        places = torch.arange(stop - start, device=q.device)
+        distance = places[:, None] - places[None, :]
+        rows = row_of_distance[distance.clamp(-reach, reach) + reach].long()
+        queries, keys = _wide(q[start:stop]), _wide(k[start:stop])
+        scores = torch.einsum("qhd,khd->hqk", queries, keys)
+        if pos_key is not None:
+            scores += torch.einsum("qhd,qkhd->hqk", queries, _wide(pos_key)[rows])
+        if pos_query is not None:
+            scores += torch.einsum("khd,qkhd->hqk", keys, _wide(pos_query)[rows])
+        weights = torch.softmax(scores * softmax_scale, dim=-1)
         context = torch.einsum("hqk,khd->qhd", weights, _wide(v[start:stop]))
         out[start:stop] = context.to(q.dtype)
     return out

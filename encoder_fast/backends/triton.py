@@ -15,8 +15,10 @@ from encoder_fast.backends.linears import (
     prepare_feed_forward,
     prepare_linear,
 )
+from encoder_fast.backends.pooling import pool
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
+from encoder_fast.kernels import disentangled_attention as disentangled_attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
 from encoder_fast.kernels import local_attention as local_attention_kernel
 from encoder_fast.kernels import rotary as rotary_kernel
@@ -25,6 +27,7 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
@@ -56,6 +59,22 @@ def attention(
             q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size
         )
     return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, relative_bias)
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    row_of_distance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> Tensor:
+    return disentangled_attention_kernel.disentangled_attention(
+        q, k, v, pos_key, pos_query, row_of_distance, cu_seqlens, max_seqlen, softmax_scale
+    )
 
 
 def add_layer_norm(
@@ -98,20 +117,6 @@ def embed_layer_norm(
     return embed_layer_norm_kernel.embed_layer_norm(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps
     )
-
-
-def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
-    # PyTorch's own segment kernels: no atomics, so the same batch gives the same bits.
-    lengths = cu_seqlens.diff().unsqueeze(1)
-    if x.shape[0] == 0:
-        return x.new_zeros(lengths.shape[0], x.shape[1], dtype=torch.float32)
-    if mode == "cls":
-        first = cu_seqlens[:-1].clamp(max=x.shape[0] - 1)
-        pooled = x.index_select(0, first).float()
-    else:
-        # unsafe=True leaves out a check of the offsets that would wait for the device
-        pooled = torch.segment_reduce(x.float(), mode, offsets=cu_seqlens, axis=0, unsafe=True)
-    return pooled.masked_fill_(lengths == 0, 0.0)
 
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -13,11 +13,13 @@ from typing import Annotated
 import typer
 
 import encoder_fast
+from encoder_fast.cli.bench import bench
 from encoder_fast.cli.classify import classify
 from encoder_fast.cli.demo import demo
 from encoder_fast.cli.embed import embed
 from encoder_fast.cli.errors import INTERRUPTED, UserError
 from encoder_fast.cli.info import info
+from encoder_fast.cli.parity import parity
 from encoder_fast.cli.tag import tag
 
 # Plain help: click's own layout keeps the examples' line breaks.
@@ -44,7 +46,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _command in (demo, info, embed, classify, tag):
+for _command in (demo, info, embed, classify, tag, parity, bench):
     app.command()(_interruptible(_command))
 
 
@@ -73,6 +75,8 @@ def _common(
       encoder-fast embed lines.txt -m ./my-model -o vectors.npy
       encoder-fast classify tickets.csv --column body -m ./my-classifier -o labels.csv
       encoder-fast tag news.jsonl -m ./my-tagger -o entities.jsonl
+      encoder-fast parity ./my-model           the same numbers, layer by layer
+      encoder-fast bench ./my-model            how much faster it is on this machine
     """
 
 

@@ -40,6 +40,18 @@ def quiet_transformers() -> Any:
     return transformers
 
 
+def check_device(device: str) -> None:
+    """Raise :class:`UserError` unless PyTorch has that device, or it is ``auto``."""
+    import torch
+
+    if device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {first_line(error)}") from None
+
+
 @contextmanager
 def loading_errors(model: str) -> Iterator[None]:
     """Make a :class:`UserError` of what a model that can't be loaded raises."""
@@ -72,8 +84,7 @@ def load_encoder(choice: ModelChoice) -> TextEncoder:
     quiet_transformers()
     if choice.threads is not None:
         torch.set_num_threads(choice.threads)
-    if choice.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {choice.device}: PyTorch sees no GPU here")
+    check_device(choice.device)
     with warnings.catch_warnings(record=True) as said, loading_errors(choice.model):
         warnings.simplefilter("always", UserWarning)
         encoder = TextEncoder.from_pretrained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Literal
 
 import typer
@@ -10,6 +11,15 @@ LongText = Literal["truncate", "chunk", "error"]
 InputFormat = Literal["text", "csv", "jsonl", "parquet"]
 Backend = Literal["auto", "cpu", "triton", "reference"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+class OneDtype(StrEnum):
+    """A dtype by name: typer takes lists of enumerations, but not of literals."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
 
 INPUT = Annotated[
     str,

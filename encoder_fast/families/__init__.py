@@ -12,6 +12,8 @@ from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families import (
     albert,
     bert,
+    deberta,
+    deberta_v2,
     distilbert,
     electra,
     modernbert,
@@ -32,6 +34,8 @@ FAMILIES: tuple[Family, ...] = (
     albert.FAMILY,
     modernbert.FAMILY,
     mpnet.FAMILY,
+    deberta.FAMILY,
+    deberta_v2.FAMILY,
 )
 
 

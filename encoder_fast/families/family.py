@@ -26,6 +26,7 @@ def facts(model: Any) -> tuple:
         getattr(config, "num_hidden_layers", None),
         getattr(config, "position_embedding_type", None),
         getattr(config, "tie_last_hidden_states", None),
+        getattr(model, "z_steps", None),
         type(pooler),
         *(
             (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)

@@ -90,7 +90,7 @@ def attention(
             )
     forbid_grad("attention", q, k, v, relative_bias)
     name, _ = resolve(backend, q.device)
-    check_dtype(name, q.dtype)
+    check_dtype("attention", name, q.dtype)
     reason = why_no_head_size(name, q.shape[2])
     if reason is not None:
         raise ValueError(reason)

@@ -48,7 +48,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> T
             raise ValueError(f"{name} is on {table.device}, qkv on {qkv.device}")
     forbid_grad("rotary", qkv, cos, sin)
     name, _ = resolve(backend, qkv.device)
-    check_dtype(name, qkv.dtype)
+    check_dtype("rotary", name, qkv.dtype)
     reason = why_no_head_size(name, qkv.shape[3])
     if reason is not None:
         raise ValueError(reason)

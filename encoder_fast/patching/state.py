@@ -105,6 +105,9 @@ class EncoderState:
         spec = self.family.read(model)
         device = spec.embeddings.word.weight.device
         backend, why = resolve(self.backend, device)
+        lacking = spec.needs & getattr(load(backend), "LACKING", frozenset())
+        if lacking:
+            raise UnsupportedModelError(f"backend {backend!r} has no {', '.join(sorted(lacking))}")
         for head_size in sorted(spec.head_sizes):
             reason = why_no_head_size(backend, head_size)
             if reason is not None:

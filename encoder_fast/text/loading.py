@@ -50,11 +50,11 @@ def load(
         settings = read_settings(path, pooling)
         model = _load_model(path, settings.subfolder, wanted)
         if tokenizer is None:
-            tokenizer = _load_tokenizer(path, settings.subfolder)
+            tokenizer = load_tokenizer(path, settings.subfolder)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = _load_tokenizer(os.fspath(tokenizer), "")
+        tokenizer = load_tokenizer(os.fspath(tokenizer), "")
     if tokenizer is None:
         raise ValueError(f"a {type(model).__name__} comes without a tokenizer: give tokenizer=")
     model.to(device=None if device == "auto" else device, dtype=wanted)
@@ -91,7 +91,12 @@ def _load_model(path: str, subfolder: str, dtype: torch.dtype | None) -> nn.Modu
     return auto_class.from_pretrained(path, subfolder=subfolder, dtype=dtype or "auto")
 
 
-def _load_tokenizer(path: str, subfolder: str) -> Any:
+def load_tokenizer(path: str, subfolder: str) -> Any:
+    """The tokenizer of a folder or hub repository.
+
+    Raises:
+        ValueError: it has none.
+    """
     from transformers import AutoTokenizer
 
     try:

@@ -87,6 +87,12 @@ def read_settings(path: str, pooling: str | None) -> Settings:
     )
 
 
+def transformer_folder(path: str) -> str:
+    """The subfolder of ``path`` that has the transformer; empty where it is at the top."""
+    modules = _read_json(path, "modules.json")
+    return modules[0]["path"] if modules else ""
+
+
 def live_settings(model: Any, pooling: str | None) -> Settings:
     """The settings of a ``SentenceTransformer`` that is loaded already."""
     children = list(model.children())

@@ -41,12 +41,15 @@ def ticket_routing(
     ] = 0.9,
     rate: Annotated[float, typer.Option(min=0.1, help="Tickets a second.")] = 25,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of a measurement.")] = 10,
+    fewest: Annotated[
+        int, typer.Option(min=1, help="It goes on until so many tickets have come.")
+    ] = 200,
     max_wait_ms: Annotated[
         float, typer.Option(min=0, help="How long a ticket waits for company at most.")
     ] = 2,
     budget: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens in a batch.", show_default="512, on a GPU 16384"),
+        typer.Option(min=1, help="Tokens in a batch.", show_default="1024, on a GPU 16384"),
     ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Raise the rate, patched beside unpatched.")
@@ -54,6 +57,10 @@ def ticket_routing(
     rates: Annotated[
         str | None,
         typer.Option(help="Rates for --sweep, as 20,40,60.", show_default="by throughput"),
+    ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(help="Join in the rates of an earlier --sweep, by its --out file."),
     ] = None,
     limit_ms: Annotated[float, typer.Option(min=0.1, help="What p99 must stay below.")] = 50,
     plot: Annotated[
@@ -73,6 +80,8 @@ def ticket_routing(
     """
     if plot is not None and not sweep:
         raise TicketError("--plot needs --sweep: one rate makes no curve")
+    if add and not sweep:
+        raise TicketError("--add needs --sweep")
     for name, path in (("--plot", plot), ("--out", out)):
         if path is not None and not path.absolute().parent.is_dir():
             raise TicketError(f"{name} {path}: no such folder to write to")
@@ -92,10 +101,12 @@ def ticket_routing(
             accuracy=accuracy,
             rate=rate,
             seconds=seconds,
+            fewest=fewest,
             max_wait=max_wait_ms / 1e3,
             budget=budget,
             sweep=sweep,
             rates=wanted_rates,
+            add=add or [],
             limit=limit_ms / 1e3,
             plot=plot,
             out=out,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from examples.ticket_routing.errors import TicketError
 from examples.ticket_routing.stream import Measured
+from examples.ticket_routing.sweep import typical
 
 # Told apart by lightness as well as by hue.
 _COLOURS = ("#0b6e4f", "#d1495b", "#30638e", "#edae49")
@@ -29,7 +30,7 @@ def plot(points: Mapping[str, Sequence[Measured]], limit: float, title: str, pat
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for colour, (name, measured) in zip(_COLOURS, points.items(), strict=False):
-        ordered = sorted(measured, key=lambda one: one.rate)
+        ordered = typical(measured)
         rates = [one.rate for one in ordered]
         for percent, style in ((99, "-o"), (50, "--")):
             values = [one.latencies.percentile(percent) * 1e3 for one in ordered]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import encoder_fast
+from examples.ticket_routing.arrivals import Latencies
 from examples.ticket_routing.errors import TicketError
 from examples.ticket_routing.stream import Measured
 
@@ -54,6 +55,7 @@ def points(measured: Sequence[Measured]) -> list[dict[str, Any]]:
             "rate": one.rate,
             "tickets": len(one.latencies.seconds),
             "failed": one.latencies.failed,
+            "seconds": one.latencies.duration,
             "throughput": one.latencies.throughput,
             "batches": one.batches,
             "ms": {f"p{percent}": _ms(one, percent) for percent in (50, 95, 99)},
@@ -61,6 +63,34 @@ def points(measured: Sequence[Measured]) -> list[dict[str, Any]]:
         }
         for one in measured
     ]
+
+
+def read_points(path: Path, same: Mapping[str, Any]) -> dict[str, list[Measured]]:
+    """The measurements that an earlier run has recorded, of each system.
+
+    Args:
+        same: what that run must have in common with this one, by the record's keys.
+
+    Raises:
+        TicketError: no such record, or one of something else.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        different = [key for key, value in same.items() if found[key] != value]
+        earlier = {name: list(map(_measured, of_one)) for name, of_one in found["points"].items()}
+    except OSError as error:
+        raise TicketError(f"--add {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise TicketError(f"--add {path}: not a record of this program") from None
+    if different:
+        raise TicketError(f"--add {path}: not the same {', '.join(different)}")
+    return earlier
+
+
+def _measured(point: Mapping[str, Any]) -> Measured:
+    seconds = tuple(value / 1e3 for value in point["latencies_ms"])
+    latencies = Latencies(seconds, point["failed"], point["seconds"])
+    return Measured(point["rate"], latencies, point["batches"], ())
 
 
 def verdict(found: Any) -> dict[str, Any]:

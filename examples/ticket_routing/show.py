@@ -16,7 +16,7 @@ from examples.ticket_routing.learn import Learned, Verdict
 from examples.ticket_routing.stream import Measured
 from examples.ticket_routing.tickets import Ticket
 
-CONFUSED_SHOWN, DECISIONS_SHOWN = 6, 8
+TAKEN_SHOWN, DECISIONS_SHOWN = 2, 8
 
 
 def place(
@@ -40,12 +40,13 @@ def verdict(console: Console, learned: Learned, found: Verdict, accuracy: float)
     _heading(console, "Held-out tickets")
     console.print(
         f"Accuracy [bold]{found.accuracy:.1%}[/] on {found.tickets} tickets; {found.lenient:.1%} "
-        "where a debatable ticket may go to either department."
+        "where a debatable ticket may go to either department. In cross-validation on the others: "
+        f"{learned.accuracy:.1%}."
     )
-    table = _table("Department", "tickets", "right", "Often taken for")
+    table = _table("Department", "held out", "right", "Taken for")
     for label, (total, right) in sorted(found.per_label.items(), key=lambda x: x[1][1] / x[1][0]):
         taken = [f"{given} ({n})" for true, given, n in found.confused if true == label]
-        table.add_row(label, str(total), f"{right / total:.0%}", ", ".join(taken[:3]))
+        table.add_row(label, str(total), f"{right / total:.0%}", ", ".join(taken[:TAKEN_SHOWN]))
     console.print(table)
     console.print(
         f"Sent unseen from a confidence of {learned.sure:.2f} on, chosen so that {accuracy:.0%} of "
@@ -88,14 +89,14 @@ def decisions(console: Console, measured: Measured, held_out: Sequence[Ticket]) 
             earlier = held_out[int(decision.duplicate_of) % len(held_out)]
             goes += f", as {earlier.id}"
         text = Text(f"{ticket.id} {' '.join(ticket.text.split())}")
-        text.truncate(46, overflow="ellipsis")
+        text.truncate(38, overflow="ellipsis")
         table.add_row(text, goes, f"{decision.confidence:.2f}", ticket.label)
     console.print(table)
 
 
 def latencies(console: Console, points: Mapping[str, Sequence[Measured]], limit: float) -> None:
     """Each rate and system; what missed the limit is marked."""
-    table = _table("System", "rate", "answered/s", "p50 ms", "p95 ms", "p99 ms", "a batch", "")
+    table = _table("System", "rate", "answered", "p50 ms", "p95 ms", "p99 ms", "batch", "")
     every = [(one.rate, name, one) for name, of_one in points.items() for one in of_one]
     for rate, name, one in sorted(every, key=lambda item: item[0]):
         found = one.latencies

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from examples.ticket_routing.arrivals import Latencies, open_loop, poisson, precise_loop
 from examples.ticket_routing.batching import Limits
 from examples.ticket_routing.desk import Decision, Desk, Message
+from examples.ticket_routing.handover import Handover
 from examples.ticket_routing.router import Router
 
 
@@ -31,7 +30,7 @@ class Measured:
 
 
 class Stream:
-    """Runs measurements, one after another, in one thread that keeps the model's own threads warm.
+    """Runs measurements, one after another.
 
     Args:
         texts: the tickets that are sent, again and again from the first.
@@ -41,19 +40,11 @@ class Stream:
     def __init__(self, texts: Sequence[str], limits: Limits) -> None:
         self._texts = texts
         self._limits = limits
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
 
     def warm_up(self, desk: Desk) -> None:
         """Batches of several sizes, not measured: caches are filled, kernels are compiled."""
         for count in (1, 2, 4, 8, 16, 1):
-            messages = [Message("", text) for text in self._texts[:count]]
-            self._thread.submit(desk.decide, messages).result()
+            desk.decide([Message("", text) for text in self._texts[:count]])
 
     def measure(self, desk: Desk, rate: float, seconds: float, seed: int) -> Measured:
         """Send Poisson arrivals at ``rate`` tickets a second for ``seconds``."""
@@ -62,27 +53,24 @@ class Stream:
         messages = [
             Message(f"{number}", self._texts[number % count]) for number in range(len(moments))
         ]
-        with asyncio.Runner(loop_factory=precise_loop) as runner:
-            latencies, batches, decisions = runner.run(self._run(desk, messages, moments))
-        return Measured(rate, latencies, batches, tuple(decisions))
-
-    async def _run(
-        self, desk: Desk, messages: Sequence[Message], moments: Sequence[float]
-    ) -> tuple[Latencies, int, list[Decision]]:
-        loop = asyncio.get_running_loop()
+        handover = Handover(precise_loop)
         decisions: list[Decision] = []
 
         async def compute(batch: list[Message]) -> list[Decision]:
-            found = await loop.run_in_executor(self._thread, desk.decide, batch)
+            found = await handover.call(desk.decide, batch)
             decisions.extend(found)
             return found
 
-        router: Router[Message, Decision] = Router(
-            compute,
-            limits=self._limits,
-            size=lambda message: desk.encoder.size(message.text),
-            work=desk.encoder.work,
-        )
-        async with router:
-            latencies = await open_loop(router.submit, messages, moments)
-        return latencies, router.batches, decisions
+        async def main() -> tuple[Latencies, int]:
+            router: Router[Message, Decision] = Router(
+                compute,
+                limits=self._limits,
+                size=lambda message: desk.encoder.size(message.text),
+                work=desk.encoder.work,
+            )
+            async with router:
+                latencies = await open_loop(router.submit, messages, moments)
+            return latencies, router.batches
+
+        latencies, batches = handover.run(main())
+        return Measured(rate, latencies, batches, tuple(decisions))

@@ -80,7 +80,7 @@ def _read_rows(file, path: Path, text_column: str, label_column: str) -> list[Ti
                 raise TicketError(f"{where}: the {'label' if text else 'text'} is empty")
             tickets.append(Ticket(f"line {reader.line_num}", text, label))
     except csv.Error as error:
-        raise TicketError(f"{path}, line {reader.line_num}: {error}") from None
+        raise TicketError(f"{path}, after line {reader.line_num}: {error}") from None
     return tickets
 
 
