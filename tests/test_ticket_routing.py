@@ -137,6 +137,8 @@ USER_ERRORS = {
     "plot-alone": (["--plot", "p.png"], 1, "--plot needs --sweep"),
     "rates": (["--sweep", "--rates", "20,-4"], 1, "--rates 20,-4: numbers above 0"),
     "no-rates": (["--sweep", "--rates", ""], 1, "numbers above 0"),
+    "add-alone": (["--add", "r.json"], 1, "--add needs --sweep"),
+    "add": (["--sweep", "--add", "none.json"], 1, "--add none.json: no such file"),
     "out": (["--out", "no/such/folder/x.json"], 1, "no such folder to write to"),
     "model": (["--model", "./no-model"], 1, "--model ./no-model: no such folder"),
     "dtype": (["--dtype", "float33"], 1, "dtype must be"),

@@ -87,6 +87,9 @@ def ticket_routing(
         raise TicketError("--plot needs --sweep: one rate makes no curve")
     if add and not sweep:
         raise TicketError("--add needs --sweep")
+    for path in add or []:
+        if not path.is_file():
+            raise TicketError(f"--add {path}: no such file")
     for name, path in (("--plot", plot), ("--out", out)):
         if path is not None and not path.absolute().parent.is_dir():
             raise TicketError(f"{name} {path}: no such folder to write to")
