@@ -102,7 +102,7 @@ def ninja_file(nvcc: str, sources: list[str], target: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $nvcc -shared --cudart=static -Xcompiler=-fPIC $in -o $out",
+        f"  command = $nvcc -shared --cudart=static {' '.join(architectures())} $in -o $out",
     ]
     objects = []
     for source in sources:

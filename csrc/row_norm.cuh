@@ -42,7 +42,7 @@ struct RowTraits {
     // sums (an address for each access where they are single elements). Rounded up to what leaves a
     // whole number of blocks on a multiprocessor.
     static constexpr int kRawWords = kAccesses * ((kVector * static_cast<int>(sizeof(T)) + 3) / 4);
-    static constexpr int kScratch = kVector == 1 ? 80 : 36;
+    static constexpr int kScratch = kVector == 1 ? 80 : kElements < 32 ? 36 : 48;
     static constexpr int kRegistersWanted = kElements + 2 * kRawWords + kScratch;
     static constexpr int kBlocksPerMultiprocessor = 65536 / (kBlockThreads * kRegistersWanted);
     static constexpr int kRegisters =

@@ -41,7 +41,7 @@ def test_parity(family: str, head: str, dtype: str, kind: str) -> None:
             encoder_fast.patch(model)(**call)
         assert "left padding" in next(iter(encoder_fast.report(model).fallbacks))
         return
-    if kind == "holes" and family in zoo.BY_DISTANCE and family != "modernbert":
+    if kind == "holes" and family in zoo.BY_DISTANCE:
         with torch.inference_mode():
             expected = model(**call)[0]
             assert torch.equal(encoder_fast.patch(model)(**call)[0], expected)
@@ -123,6 +123,39 @@ def test_roberta_positions_skip_padding_of_any_length() -> None:
     ids[mask == 0] = zoo.PAD
     report = encoder_fast.check_parity(model, {"input_ids": ids, "attention_mask": mask})
     assert report.ok, str(report)
+
+
+def test_mpnet_beyond_its_buckets() -> None:
+    """From a distance of 128 on all is one bucket; and the table is read anew in every call."""
+    model = zoo.build("mpnet", max_position_embeddings=330)
+    mask = torch.zeros(2, 320, dtype=torch.long, device=DEVICE)
+    mask[0], mask[1, :141] = 1, 1
+    call = {"input_ids": torch.randint(3, zoo.VOCAB, mask.shape, device=DEVICE)}
+    call["attention_mask"] = mask
+    call["input_ids"][mask == 0] = zoo.PAD
+    encoder_fast.patch(model)
+    outputs = []
+    for scale in (1, 30):
+        with torch.no_grad():
+            model.encoder.relative_attention_bias.weight.mul_(scale)
+        report = encoder_fast.check_parity(model, call)
+        assert report.ok, str(report)
+        with torch.inference_mode():
+            outputs.append(model(**call).last_hidden_state)
+    assert not torch.allclose(*outputs, atol=0.1)
+
+
+def test_mpnet_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(encoder_fast.UnsupportedModelError, match="relative_attention_num_buckets"):
+        encoder_fast.patch(zoo.build("mpnet", relative_attention_num_buckets=20))
+    model = zoo.build("mpnet")
+    monkeypatch.setattr(model.encoder, "compute_position_bias", lambda x: 0)
+    with pytest.raises(encoder_fast.UnsupportedModelError, match="compute_position_bias"):
+        encoder_fast.patch(model)
+    model = zoo.build("mpnet")
+    model.encoder.relative_attention_bias = torch.nn.Embedding(32, 5)
+    with pytest.raises(encoder_fast.UnsupportedModelError, match=r"3 attention heads.* for 5"):
+        encoder_fast.patch(model)
 
 
 def test_inputs_embeds_per_family() -> None:

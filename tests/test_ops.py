@@ -22,6 +22,8 @@ BACKENDS = [
 
 
 # attention in float32 has no CUDA kernel
+# The CUDA kernels have neither windows nor biases.
+WITH_OPTIONS = [name for name in BACKENDS if "cuda" not in name]
 WITH_DTYPES = [(name, dtype) for name in BACKENDS for dtype in DTYPES]
 ATTENTION = [(n, d) for n, d in WITH_DTYPES if not (n.startswith("cuda") and d == "fp32")]
 
@@ -104,8 +106,7 @@ OPTION_LENGTHS = {
 @pytest.mark.parametrize("lengths", OPTION_LENGTHS)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-# The CUDA kernels have neither option.
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if "cuda" not in name])
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
 def test_attention_by_distance(backend: str, dtype: str, option: str, lengths: str) -> None:
     window, reach = OPTIONS[option]
     counts = OPTION_LENGTHS[lengths]
@@ -148,7 +149,7 @@ def distance_attention(
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
 def test_a_bias_in_float32_keeps_its_digits(backend: str, dtype: str) -> None:
     # Rounded to the dtype of q first, these would differ by half and more.
     qkv = torch.zeros(100, 3, 1, 16, dtype=DTYPES[dtype], device=DEVICE)
@@ -160,7 +161,7 @@ def test_a_bias_in_float32_keeps_its_digits(backend: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("backend", [name for name in WITH_OPTIONS if name != "reference"])
 def test_a_window_costs_nothing_outside_of_it(backend: str, dtype: str) -> None:
     # A NaN shows wherever it is looked at, be it behind a mask.
     qkv = torch.randn(1000, 3, 1, 16, dtype=DTYPES[dtype], device=DEVICE)

@@ -60,7 +60,7 @@ FAMILIES = {
             "sep_token_id": 2,
             "num_hidden_layers": 4,
             "global_attn_every_n_layers": 3,  # layers 0 and 3 see everything
-            "local_attention": 80,  # so that the window is far shorter than the sequences
+            "local_attention": 8,  # so that the window is far shorter than the sequences
             "max_position_embeddings": 64,
             "norm_bias": True,
             "attention_bias": True,

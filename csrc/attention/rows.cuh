@@ -20,12 +20,30 @@ struct RowLayout {
     static constexpr int kFlips = kChunks < 8 ? kChunks : 8;
 
     // Repeats every 8 rows.
-    static EF_DEVICE int flip(int row) { return row / kRowsAcrossBanks % kFlips; }
+    static constexpr EF_DEVICE int flip(int row) { return row / kRowsAcrossBanks % kFlips; }
 
-    static EF_DEVICE SharedAddress offset(int row, int chunk) {
+    static constexpr EF_DEVICE SharedAddress offset(int row, int chunk) {
         return row * kRowBytes + (chunk ^ flip(row)) * kChunkBytes;
     }
+
+    // Whether 8 rows of a chunk, and 8 chunks one behind the other, never share a bank.
+    static constexpr EF_DEVICE bool is_free_of_conflicts() {
+        for (int i = 0; i < kChunks; i++) {
+            unsigned down = 0, across = 0;
+            for (int j = 0; j < 8; j++) {
+                const int next = i / 8 * 8 + j;
+                down |= 1u << offset(j, i) / kChunkBytes % 8;
+                across |= 1u << offset(next / kChunks, next % kChunks) / kChunkBytes % 8;
+            }
+            if (down != 0xff || across != 0xff) return false;
+        }
+        return true;
+    }
 };
+
+static_assert(RowLayout<32>::is_free_of_conflicts());
+static_assert(RowLayout<64>::is_free_of_conflicts());
+static_assert(RowLayout<128>::is_free_of_conflicts());
 
 // Starts copies of kRows rows of one head by kThreads threads. Rows from n_rows on, which the
 // sequence does not have, become zeros and are not read; with kWhole there are none of them.

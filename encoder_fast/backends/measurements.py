@@ -38,13 +38,13 @@ def norm_class(width: int) -> str:
 
 def winner(op: str, device: torch.device, dtype: torch.dtype, shape: str) -> str:
     """The backend for an op on a GPU."""
-    by_dtype = TABLE.get(_architecture(device), {}).get(op, {})
+    by_dtype = TABLE.get(architecture(device), {}).get(op, {})
     return by_dtype.get(str(dtype).removeprefix("torch."), {}).get(shape, "triton")
 
 
 def faster_ops(device: torch.device) -> str:
     """The ops that run on ``cuda`` in some shape on this GPU, for a reader; empty for none."""
-    ops = TABLE.get(_architecture(device), {})
+    ops = TABLE.get(architecture(device), {})
     return ", ".join(
         op
         for op, by_dtype in ops.items()
@@ -57,7 +57,8 @@ def _next(ladder: tuple[int, ...], size: int) -> int:
 
 
 @functools.cache
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """The table's name for a GPU."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
