@@ -25,10 +25,10 @@ Racer = Callable[[Machine, Mapping[str, Sequence[Call]], Limits], dict[str, Time
 # Seconds for a whole suite. Together they keep `all` below 15 minutes on two CPU cores and below
 # 8 on a GPU, and with --quick below 3 and 2.
 _SECONDS = {
-    ("cpu", False): {"kernels": 130, "models": 470, "latency": 90, "texts": 90},
-    ("cpu", True): {"kernels": 25, "models": 80, "latency": 20, "texts": 20},
-    ("gpu", False): {"kernels": 130, "models": 210, "latency": 60, "texts": 35},
-    ("gpu", True): {"kernels": 30, "models": 45, "latency": 15, "texts": 10},
+    ("cpu", False): {"kernels": 120, "models": 430, "latency": 90, "texts": 80},
+    ("cpu", True): {"kernels": 25, "models": 60, "latency": 20, "texts": 20},
+    ("gpu", False): {"kernels": 110, "models": 190, "latency": 50, "texts": 30},
+    ("gpu", True): {"kernels": 25, "models": 35, "latency": 12, "texts": 10},
     ("fake", True): {"kernels": 60, "models": 60, "latency": 60, "texts": 60},
 }
 
