@@ -10,9 +10,8 @@ relative_bias[h, clamp(j - i, -R, R) + R], for relative_bias of shape (H, 2R + 1
 No S by S matrix is stored: a program holds a tile of BLOCK_M query rows and walks over the keys in
 tiles of BLOCK_N (FlashAttention, arXiv 2205.14135). Scores stay in the units of q @ k.T; one fused
 multiply-add a score turns them into the exponent of exp2, so softmax_scale must be positive. With
-a bias they are scaled as it is added, by another fused multiply-add. A tile of scores looks at
-BLOCK_M + BLOCK_N - 1 neighbouring values of it at most: a few lines of L1, read once for each
-score, since every lane of a warp finds what it needs within a line or two.
+a bias they are scaled as it is added, by another fused multiply-add. A tile of scores needs
+BLOCK_M + BLOCK_N - 1 values of it, one a diagonal.
 
 Three ways to cut the tokens into query tiles; the launcher picks one from numbers the host has.
 Two are told in attention_tiles.py. The third, for the shortest sequences, packs rows across them
@@ -94,27 +93,16 @@ _FLOAT32: Ladder = ((sys.maxsize, AttentionConfig(16, 32, 4, 2)),)
 _FLOAT32_WIDE_HEAD: Ladder = ((sys.maxsize, AttentionConfig(32, 16, 8, 2)),)
 
 
-# A bias adds a value of its own to every score, and takes registers for as many.
-_BY_LONGEST_BIASED: Ladder = (
-    (16, AttentionConfig(32, 64, 4, 1, one_key_tile=True, pack_rows=True)),
-    (64, AttentionConfig(64, 64, 4, 1, one_key_tile=True)),
-)
-_BY_MEAN_BIASED: Ladder = ((sys.maxsize, AttentionConfig(64, 64, 4, 2)),)
-_BY_MEAN_BIASED_WIDE_HEAD: Ladder = ((sys.maxsize, AttentionConfig(64, 32, 8, 2)),)
-
-
 def ladders(
     head_dim: int, dtype: torch.dtype, shared_memory: int, biased: bool = False
 ) -> tuple[Ladder, Ladder]:
     """The rungs by longest and by mean length for a card with that many bytes for a block."""
     if dtype == torch.float32:
         return (), _FLOAT32_WIDE_HEAD if head_dim > 64 else _FLOAT32
-    if biased:
-        by_mean = _BY_MEAN_BIASED_WIDE_HEAD if head_dim > 64 else _BY_MEAN_BIASED
-        return _BY_LONGEST_BIASED, by_mean
-    if shared_memory < LARGE_SHARED_MEMORY:
-        return _BY_LONGEST_SMALL, _BY_MEAN_SMALL if head_dim > 64 else _BY_MEAN
-    return _BY_LONGEST, _BY_MEAN
+    small = shared_memory < LARGE_SHARED_MEMORY
+    # In a packed tile a bias takes registers that it lacks on any card.
+    by_longest = _BY_LONGEST_SMALL if small or biased else _BY_LONGEST
+    return by_longest, _BY_MEAN_SMALL if small and head_dim > 64 else _BY_MEAN
 
 
 def choose_config(
@@ -133,10 +121,20 @@ def choose_config(
 
 
 @triton.jit
-def _biased(b_s, p_bias, o_row, o_key, reach, bias_scale):
-    # Clamped first, so that no lane reads outside of the table, whatever its row.
-    o_distance = tl.minimum(tl.maximum(o_key[None, :] - o_row[:, None] + reach, 0), 2 * reach)
-    return tl.fma(b_s, bias_scale, tl.load(p_bias + o_distance).to(tl.float32))
+def _biased(b_s, p_bias, distance, reach, bias_scale, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Scores of a tile whose first key is `distance` rows behind its first query, with the bias.
+
+    Each of its diagonals has one value. They are loaded once, clamped to the table, and from there
+    on looked up by the place in the tile, in shared memory: a load a score would have a layout of
+    its own, which Triton makes the whole softmax follow.
+    """
+    WIDTH: tl.constexpr = triton.next_power_of_2(BLOCK_M + BLOCK_N)
+    o_distance = distance - (BLOCK_M - 1) + tl.arange(0, WIDTH)
+    o_distance = tl.minimum(tl.maximum(o_distance + reach, 0), 2 * reach)
+    b_diagonals = tl.load(p_bias + o_distance).to(tl.float32)
+    o_diagonal = tl.arange(0, BLOCK_N)[None, :] - tl.arange(0, BLOCK_M)[:, None] + (BLOCK_M - 1)
+    b_bias = tl.gather(b_diagonals, tl.reshape(o_diagonal, (BLOCK_M * BLOCK_N,)), 0)
+    return tl.fma(b_s, bias_scale, tl.reshape(b_bias, (BLOCK_M, BLOCK_N)))
 
 
 # Sizes that change from batch to batch must not be specialised, or a total that happens to divide
@@ -238,7 +236,9 @@ def attention_kernel(
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION)
     o_key = key_begin + o_n
     if p_bias is not None:
-        b_s = _biased(b_s, p_bias, o_row, n_before + o_key, reach, bias_scale)
+        b_s = _biased(
+            b_s, p_bias, key_begin + n_before - i_row, reach, bias_scale, BLOCK_M, BLOCK_N
+        )
     if PACK_ROWS:
         # A weight of 0 would still turn an infinite or NaN value of another sequence into NaN. Such
         # values are taken out, and come back as NaN scores that their own sequence alone sees.
@@ -265,7 +265,9 @@ def attention_kernel(
             b_k = tl.load(p_k, mask=m_d, other=0.0)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION)
             if p_bias is not None:
-                b_s = _biased(b_s, p_bias, o_row, i_key + o_key, reach, bias_scale)
+                b_s = _biased(
+                    b_s, p_bias, key_begin + i_key - i_row, reach, bias_scale, BLOCK_M, BLOCK_N
+                )
             b_p, b_max, b_sum, b_acc = next_weights(b_s, b_max, b_sum, b_acc, scale_log2)
             b_v = tl.load(p_v, mask=m_d, other=0.0)
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=INPUT_PRECISION)

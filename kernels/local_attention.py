@@ -149,6 +149,8 @@ def local_attention_kernel(
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     # 1. The tiles at both edges.
+    o_from = i_first + o_m - window_size
+    o_to = tl.minimum(i_first + o_m + window_size, n_keys - 1)
     n_left = full_begin - tile_begin
     for i_edge in range(0, n_left + tile_end - full_end):
         i_tile_k = tl.where(i_edge < n_left, tile_begin + i_edge, full_end + i_edge - n_left)
@@ -156,8 +158,7 @@ def local_attention_kernel(
         m_kv = (o_key < n_keys)[:, None] & m_d
         b_k = tl.load(p_k + i_tile_k * stride_k_tile, mask=m_kv, other=0.0)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION)
-        o_distance = o_key[None, :] - (i_first + o_m)[:, None]
-        m_s = (tl.abs(o_distance) <= window_size) & (o_key < n_keys)[None, :]
+        m_s = (o_key[None, :] >= o_from[:, None]) & (o_key[None, :] <= o_to[:, None])
         b_s = tl.where(m_s, b_s, float("-inf"))
         b_p, b_max, b_sum, b_acc = next_weights(b_s, b_max, b_sum, b_acc, scale_log2)
         b_v = tl.load(p_v + i_tile_k * stride_v_tile, mask=m_kv, other=0.0)
