@@ -58,8 +58,9 @@ def info() -> Info:
     gpu_or_cpu = torch.device("cuda" if devices else "cpu")
     cpu = torch.device("cpu")
     backends = {
-        name: why_not(name, gpu_or_cpu if name == "triton" else cpu) or "available"
+        name: why_not(name, gpu_or_cpu if name in ("triton", "cuda") else cpu) or "available"
         for name in NAMES
+        if name != "cuda-host"
     }
     return Info(
         versions=versions,

@@ -1,12 +1,14 @@
-"""The Triton kernel embed_layer_norm."""
+"""The kernels embed_layer_norm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_backends import kernel_backends
 from layer_norm_oracle import (
     DEVICE,
     DTYPES,
@@ -20,11 +22,17 @@ from layer_norm_oracle import (
 )
 from torch import Tensor
 
-from encoder_fast.kernels.embed_layer_norm import embed_layer_norm
+from encoder_fast.backends import load
 
 pytestmark = MARKS
 
 EPS = 1e-12
+
+
+@pytest.fixture(params=kernel_backends())
+def kernels(request: pytest.FixtureRequest) -> ModuleType:
+    """A backend with kernels of its own."""
+    return load(request.param)
 
 
 @dataclass
@@ -40,9 +48,9 @@ class Embeddings:
     weight: Tensor | None
     bias: Tensor | None
 
-    def run(self) -> Tensor:
+    def run(self, kernels: ModuleType) -> Tensor:
         with guarded_empty():
-            return embed_layer_norm(**vars(self), eps=EPS)
+            return kernels.embed_layer_norm(**vars(self), eps=EPS)
 
     def rows(self) -> list[Tensor]:
         """What each table gives for each token, in the order in which Hugging Face adds it."""
@@ -65,8 +73,8 @@ class Embeddings:
     def reference(self) -> Tensor:
         return layer_norm_float64(self.rows(), self.weight, self.bias, EPS)
 
-    def check(self) -> None:
-        out = self.run()
+    def check(self, kernels: ModuleType) -> None:
+        out = self.run(kernels)
         assert out.shape == (self.input_ids.shape[0], self.word.shape[1])
         assert out.dtype == self.word.dtype and out.is_contiguous()
         reference = self.reference()
@@ -113,58 +121,58 @@ def embeddings(
 # to a row, the largest.
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("N", [1, 7, 127, 312, 384, 768, 1000, 1024, 2560, 8192], ids="N{}".format)
-def test_widths(N, dtype):
+def test_widths(kernels, N, dtype):
     total = 33 if N <= 128 else 17 if N <= 1024 else 5
-    embeddings(total, N, dtype=dtype).check()
+    embeddings(total, N, dtype=dtype).check(kernels)
 
 
 # No token, one token, a program that is not full, several programs and a rest.
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=dtype_name)
 @pytest.mark.parametrize("total", [0, 1, 5, 33], ids="T{}".format)
 @pytest.mark.parametrize("N", [128, 384, 1024], ids="N{}".format)
-def test_tokens(total, N, ids_dtype):
+def test_tokens(kernels, total, N, ids_dtype):
     case = embeddings(total, N, dtype=torch.float16, ids_dtype=ids_dtype)
     if total == 0:
-        assert embed_layer_norm(**vars(case), eps=EPS).shape == (0, N)
+        assert kernels.embed_layer_norm(**vars(case), eps=EPS).shape == (0, N)
         return
-    case.check()
+    case.check(kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
-def test_half_tables_with_float32_vectors(dtype):
-    embeddings(17, 384, dtype=dtype, vector_dtype=torch.float32).check()
+def test_half_tables_with_float32_vectors(kernels, dtype):
+    embeddings(17, 384, dtype=dtype, vector_dtype=torch.float32).check(kernels)
 
 
 # Strides that are a multiple of 16, of 8 alone, of nothing.
 @pytest.mark.parametrize("row_stride", [400, 392, 385], ids=str)
-def test_strided_tables(row_stride):
+def test_strided_tables(kernels, row_stride):
     case = embeddings(17, 384, dtype=torch.float16, row_stride=row_stride)
     assert case.word.stride() == (row_stride, 1)
-    case.check()
+    case.check(kernels)
 
 
-def test_tables_of_different_strides():
+def test_tables_of_different_strides(kernels):
     case = embeddings(17, 384, dtype=torch.float16)
     case.position = surrounded_by_nan(random(20, 384, dtype=torch.float16), 393)
-    case.check()
+    case.check(kernels)
 
 
 @pytest.mark.parametrize("absent", ["position", "token_type", "both"])
-def test_absent_tables(absent):
+def test_absent_tables(kernels, absent):
     case = embeddings(17, 384)
     if absent in ("position", "both"):
         case.position = case.position_ids = None
     if absent in ("token_type", "both"):
         case.token_type = case.token_type_ids = None
-    case.check()
+    case.check(kernels)
 
 
 @pytest.mark.parametrize("absent", [("bias",), ("weight",), ("weight", "bias")], ids="-".join)
-def test_absent_vectors(absent):
+def test_absent_vectors(kernels, absent):
     case = embeddings(17, 384)
     for name in absent:
         setattr(case, name, None)
-    case.check()
+    case.check(kernels)
 
 
 # -100 is the label that padding gets; 2**40 rows away lies no memory at all, and cut to 32 bits it
@@ -177,29 +185,29 @@ BAD_IDS += [(torch.int64, bad) for bad in (-1, -100, "rows", 2**31 - 1, 2**40)]
     ("ids_dtype", "bad_id"), BAD_IDS, ids=[f"{dtype_name(d)}-{bad}" for d, bad in BAD_IDS]
 )
 @pytest.mark.parametrize("table", ["input", "position", "token_type"])
-def test_ids_out_of_range(table, bad_id, ids_dtype):
+def test_ids_out_of_range(kernels, table, bad_id, ids_dtype):
     case = embeddings(9, 384, dtype=torch.float16, ids_dtype=ids_dtype)
     name = "word" if table == "input" else table
     rows = getattr(case, name).shape[0]
     # Numbers around the table: were they read, the row would not be NaN.
     setattr(case, name, random(100 + rows + 1, 384, dtype=torch.float16)[100:-1])
-    expected = case.run()
+    expected = case.run(kernels)
     getattr(case, f"{table}_ids")[4] = rows if bad_id == "rows" else bad_id
-    out = case.run()
+    out = case.run(kernels)
     assert out[4].isnan().all()
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert torch.equal(out[others], expected[others])
 
 
-def test_id_out_of_range_is_nan_without_vectors():
+def test_id_out_of_range_is_nan_without_vectors(kernels):
     case = embeddings(5, 384)
     case.weight = case.bias = None
     case.input_ids[2] = 50
-    assert torch.equal(case.run().isnan().all(1).cpu(), torch.arange(5) == 2)
+    assert torch.equal(case.run(kernels).isnan().all(1).cpu(), torch.arange(5) == 2)
 
 
 # Row 2 of the table begins beyond what 32 bits can count.
-def test_table_beyond_int32():
+def test_table_beyond_int32(kernels):
     N, stride = 64, 2**30 + 8
     try:
         buffer = torch.empty(2 * stride + N, dtype=torch.float16, device=DEVICE)
@@ -208,4 +216,4 @@ def test_table_beyond_int32():
     case = embeddings(9, N, dtype=torch.float16, ids_dtype=torch.int32)
     case.word = buffer.as_strided((3, N), (stride, 1)).copy_(random(3, N))
     case.input_ids = torch.tensor([0, 1, 2, 2, 1, 0, 2, 1, 0], dtype=torch.int32, device=DEVICE)
-    case.check()
+    case.check(kernels)

@@ -1,7 +1,11 @@
 """The backends: sets of op implementations that never import one another.
 
-``reference`` (plain PyTorch, the oracle), ``cpu`` (oneDNN) and ``triton`` (NVIDIA, Ampere and
-later). Each is a module with the same functions; the ops choose one and call it.
+``reference`` (plain PyTorch, the oracle), ``cpu`` (oneDNN), ``triton`` and ``cuda`` (NVIDIA, Ampere
+and later). Each is a module with the same functions; the ops choose one and call it.
+``cuda-host`` is ``cuda`` over an emulated GPU, for tests.
+
+``auto`` becomes ``cpu`` or ``triton`` by the device, or ``measured`` where a table of measurements
+says that some ops are faster on another.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ from types import ModuleType
 
 import torch
 
+from encoder_fast.backends import measurements
 from encoder_fast.errors import BackendUnavailableError
 
-NAMES = ("reference", "cpu", "triton")
+NAMES = ("reference", "cpu", "triton", "cuda", "cuda-host")
 
 _loaded: dict[str, ModuleType] = {}
 
@@ -24,7 +29,8 @@ def load(name: str) -> ModuleType:
     """The module of a backend whose name :func:`resolve` has let pass."""
     module = _loaded.get(name)
     if module is None:
-        module = _loaded[name] = importlib.import_module(f"encoder_fast.backends.{name}")
+        file = name.replace("-", "_")
+        module = _loaded[name] = importlib.import_module(f"encoder_fast.backends.{file}")
     return module
 
 
@@ -39,15 +45,37 @@ def why_not(name: str, device: torch.device) -> str | None:
         return None
     if name == "cpu":
         return None if device.type == "cpu" else f"backend 'cpu' can't run on {device}"
-    if importlib.util.find_spec("triton") is None:
+    if name == "cuda-host":
+        if importlib.util.find_spec("_cuda_host") is None:
+            return "backend 'cuda-host' is for tests: its extension _cuda_host is not built"
+        return None if device.type == "cpu" else f"backend 'cuda-host' can't run on {device}"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if device.type == "cpu":
-        return None if triton_interprets() else "backend 'triton' needs an NVIDIA GPU, got cpu"
+    if name == "cuda":
+        reason = _why_no_extension()
+        if reason is not None:
+            return reason
+    if device.type == "cpu" and name == "triton" and triton_interprets():
+        return None
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"backend 'triton' needs an NVIDIA GPU, got {device}"
+        return f"backend {name!r} needs an NVIDIA GPU, got {device}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"backend 'triton' needs sm_80 (Ampere) or later, got sm_{major}{minor}"
+        return f"backend {name!r} needs sm_80 (Ampere) or later, got sm_{major}{minor}"
+    return None
+
+
+def _why_no_extension() -> str | None:
+    """Why there is no CUDA extension; ``None`` where there is."""
+    if importlib.util.find_spec("encoder_fast._cuda") is None:
+        return (
+            "the extension encoder_fast._cuda is not built; that takes nvcc when encoder_fast is "
+            "installed, and with ENCODER_FAST_BUILD_CUDA=1 it is an error to have none"
+        )
+    try:
+        importlib.import_module("encoder_fast._cuda")
+    except ImportError as error:
+        return f"the extension encoder_fast._cuda does not load: {error}"
     return None
 
 
@@ -73,4 +101,8 @@ def resolve(name: str, device: torch.device) -> tuple[str, str]:
     reason = why_not(choice, device)
     if reason is not None:
         raise BackendUnavailableError(reason)
+    if choice == "triton" and why_not("cuda", device) is None:
+        faster = measurements.faster_ops(device)
+        if faster:
+            return "measured", f"auto: as measured, {faster} on cuda, the rest on triton"
     return choice, f"auto: the backend for {device.type}"

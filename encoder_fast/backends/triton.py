@@ -15,14 +15,19 @@ from encoder_fast.backends.linears import (
     prepare_feed_forward,
     prepare_linear,
 )
+from encoder_fast.backends.pooling import pool
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
+from encoder_fast.kernels import disentangled_attention as disentangled_attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
+from encoder_fast.kernels import local_attention as local_attention_kernel
+from encoder_fast.kernels import rotary as rotary_kernel
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
@@ -30,6 +35,7 @@ __all__ = [
     "pool",
     "prepare_feed_forward",
     "prepare_linear",
+    "rotary",
 ]
 
 HEAD_SIZES: frozenset[int] | None = frozenset({16, 32, 64, 96, 128})
@@ -38,9 +44,37 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None = None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
-    return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+    # Where every sequence lies within the window, there is none.
+    if window_size is not None and window_size + 1 < max_seqlen:
+        return local_attention_kernel.local_attention(
+            q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size
+        )
+    return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, relative_bias)
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    row_of_distance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> Tensor:
+    return disentangled_attention_kernel.disentangled_attention(
+        q, k, v, pos_key, pos_query, row_of_distance, cu_seqlens, max_seqlen, softmax_scale
+    )
 
 
 def add_layer_norm(
@@ -85,15 +119,5 @@ def embed_layer_norm(
     )
 
 
-def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
-    # PyTorch's own segment kernels: no atomics, so the same batch gives the same bits.
-    lengths = cu_seqlens.diff().unsqueeze(1)
-    if x.shape[0] == 0:
-        return x.new_zeros(lengths.shape[0], x.shape[1], dtype=torch.float32)
-    if mode == "cls":
-        first = cu_seqlens[:-1].clamp(max=x.shape[0] - 1)
-        pooled = x.index_select(0, first).float()
-    else:
-        # unsafe=True leaves out a check of the offsets that would wait for the device
-        pooled = torch.segment_reduce(x.float(), mode, offsets=cu_seqlens, axis=0, unsafe=True)
-    return pooled.masked_fill_(lengths == 0, 0.0)
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    rotary_kernel.rotary(qkv, cos, sin)

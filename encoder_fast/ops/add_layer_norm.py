@@ -88,7 +88,7 @@ def _validated(
         raise ValueError(f"residual is on {residual.device}, x on {x.device}")
     forbid_grad(op, x, residual, weight, bias, x_bias)
     name, _ = resolve(backend, x.device)
-    check_dtype(name, x.dtype)
+    check_dtype(op, name, x.dtype)
     check_width(name, x.shape[1])
     return name
 

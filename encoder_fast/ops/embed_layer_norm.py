@@ -77,7 +77,7 @@ def embed_layer_norm(
         check_vector(name, vector, word.shape[1], word.device)
     forbid_grad("embed_layer_norm", word, position, token_type, weight, bias)
     name, _ = resolve(backend, word.device)
-    check_dtype(name, word.dtype)
+    check_dtype("embed_layer_norm", name, word.dtype)
     check_width(name, word.shape[1])
     return operator.dispatch(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, name

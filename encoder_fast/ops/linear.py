@@ -69,7 +69,7 @@ def linear(
             )
     forbid_grad("linear", x, weight, bias)
     name, _ = resolve(backend, x.device)
-    check_dtype(name, x.dtype)
+    check_dtype("linear", name, x.dtype)
     return operator.dispatch(x, weight, bias, activation, name)
 
 

@@ -45,7 +45,7 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", *, backend: str = "a
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, x on {x.device}")
     forbid_grad("pool", x)
     name, _ = resolve(backend, x.device)
-    check_dtype(name, x.dtype)
+    check_dtype("pool", name, x.dtype)
     return operator.dispatch(x, cu_seqlens, mode, name)
 
 

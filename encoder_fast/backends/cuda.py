@@ -1,0 +1,44 @@
+"""The CUDA backend: the project's own CUDA C++ (``csrc/``) on NVIDIA GPUs from Ampere on."""
+
+from __future__ import annotations
+
+import importlib
+
+from encoder_fast.backends.cuda_kernels import (
+    DTYPES,
+    DTYPES_OF_OP,
+    HEAD_SIZES,
+    LACKING,
+    MAX_WIDTH,
+    CudaKernels,
+)
+from encoder_fast.backends.linears import prepare_feed_forward, prepare_linear
+from encoder_fast.backends.pooling import pool
+
+__all__ = [
+    "DTYPES",
+    "DTYPES_OF_OP",
+    "HEAD_SIZES",
+    "LACKING",
+    "MAX_WIDTH",
+    "add_layer_norm",
+    "add_layer_norm_sum",
+    "attention",
+    "embed_layer_norm",
+    "feed_forward_prepared",
+    "linear",
+    "linear_prepared",
+    "pool",
+    "prepare_feed_forward",
+    "prepare_linear",
+]
+
+_kernels = CudaKernels(importlib.import_module("encoder_fast._cuda"))
+
+add_layer_norm = _kernels.add_layer_norm
+add_layer_norm_sum = _kernels.add_layer_norm_sum
+attention = _kernels.attention
+embed_layer_norm = _kernels.embed_layer_norm
+feed_forward_prepared = _kernels.feed_forward_prepared
+linear = _kernels.linear
+linear_prepared = _kernels.linear_prepared

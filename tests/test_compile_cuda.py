@@ -1,0 +1,133 @@
+"""Every CUDA kernel that ships, as compiled: no spills, the planned occupancy, the instructions
+that were meant. Needs the built extension, and no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cuda_binary import CompiledKernel, cuobjdump, extension, read_kernels
+
+from encoder_fast.backends.cuda_kernels import HEAD_SIZES
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT = extension()
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compile_cuda")]
+needs_the_extension = pytest.mark.skipif(
+    BUILT is None or cuobjdump() is None or shutil.which("c++filt") is None,
+    reason="the extension encoder_fast._cuda, cuobjdump and c++filt are needed",
+)
+
+ARCHS = ("sm_80", "sm_90a")
+
+ROW_KERNEL = re.compile(r"_layer_norm_kernel<RowTraits<(\w+), (\d+), (\d+), \d+>")
+GELU_KERNEL = re.compile(r"bias_gelu_kernel<GeluTraits<(\w+), (\d+)>")
+ATTENTION_KERNEL = re.compile(r"(?:key_loop|one_tile)_kernel<\w+<(\w+), (\d+),")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[CompiledKernel]:
+    assert BUILT is not None
+    return [kernel for kernel in read_kernels(BUILT) if kernel.arch in ARCHS]
+
+
+@needs_the_extension
+def test_both_architectures_have_every_kernel(kernels: list[CompiledKernel]) -> None:
+    names = {arch: {k.name for k in kernels if k.arch == arch} for arch in ARCHS}
+    assert names["sm_80"] == names["sm_90a"]
+    rows = [m for m in map(ROW_KERNEL.search, names["sm_80"]) if m]
+    assert {m[1] for m in rows} == {"float", "Half", "BFloat16"}
+    assert {(m[1], m[2]) for m in map(GELU_KERNEL.search, names["sm_80"]) if m} == {
+        *(("float", "4"), ("Half", "8"), ("BFloat16", "8")),
+        *(("float", "1"), ("Half", "1"), ("BFloat16", "1")),
+    }
+    attention = {(m[1], int(m[2])) for m in map(ATTENTION_KERNEL.search, names["sm_80"]) if m}
+    assert HEAD_SIZES is not None
+    assert attention == {(t, d) for t in ("Half", "BFloat16") for d in HEAD_SIZES}
+
+
+@needs_the_extension
+def test_kernels_stay_within_their_plan(kernels: list[CompiledKernel]) -> None:
+    assert all(kernel.resident_blocks for kernel in kernels)
+    wrong = [
+        f"{k.arch} {k.name}: {k.outgrows_its_plan()}" for k in kernels if k.outgrows_its_plan()
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def narrow_accesses(kernel: CompiledKernel) -> list[str]:
+    """Accesses of less than 16 bytes that were not meant, in kernels for aligned operands."""
+    match = ROW_KERNEL.search(kernel.name) or GELU_KERNEL.search(kernel.name)
+    if match is None or match[2] == "1":
+        return []
+    meant = {"LDG": {"128"}, "STG": {"128"}}
+    if match[1] == "float":
+        meant["LDG"].add("64")  # four elements of a vector in half precision
+    if "embed" in kernel.name:
+        meant["LDG"] |= {"64", "32"}  # an id
+    found = []
+    for mnemonic in kernel.instructions:
+        operation, *modifiers = mnemonic.split(".")
+        if operation in meant:
+            sizes = {"64", "128", "U16", "U8", "S16"} & set(modifiers) or {"32"}
+            if not sizes <= meant[operation]:
+                found.append(mnemonic)
+    if not kernel.count(r"LDG\..*128.*") or not kernel.count(r"STG\..*128.*"):
+        found.append("no access of 16 bytes")
+    return found
+
+
+@needs_the_extension
+def test_memory_is_accessed_16_bytes_at_a_time(kernels: list[CompiledKernel]) -> None:
+    wrong = [f"{k.arch} {k.name}: {narrow_accesses(k)}" for k in kernels if narrow_accesses(k)]
+    assert not wrong, "\n".join(wrong)
+
+
+@needs_the_extension
+def test_rows_of_a_warp_pass_no_barrier(kernels: list[CompiledKernel]) -> None:
+    for kernel in kernels:
+        match = ROW_KERNEL.search(kernel.name)
+        if match is not None:
+            has_barrier = kernel.count(r"BAR\..*") > 0
+            assert has_barrier == (int(match[3]) > 32), kernel.name
+
+
+@needs_the_extension
+def test_attention_is_on_the_matrix_units(kernels: list[CompiledKernel]) -> None:
+    for kernel in kernels:
+        match = ATTENTION_KERNEL.search(kernel.name)
+        if match is None:
+            continue
+        products = r"HMMA\.16816\.F32\.BF16" if match[1] == "BFloat16" else r"HMMA\.16816\.F32"
+        assert kernel.count(products), kernel.name
+        assert kernel.count(r"LDSM\..*\.4"), kernel.name
+        assert kernel.count(r"LDGSTS\..*\.128"), kernel.name
+        assert not kernel.count(r"LDGSTS\..*\.(32|64)"), kernel.name
+
+
+@needs_the_extension
+def test_shortcomings_would_be_noticed(kernels: list[CompiledKernel]) -> None:
+    kernel = next(k for k in kernels if "add_layer_norm_kernel<RowTraits<Half, 8, 32, 3>" in k.name)
+    assert kernel.outgrows_its_plan() is None and not narrow_accesses(kernel)
+    spilling = replace(kernel, stack_bytes=8)
+    assert "spills" in str(spilling.outgrows_its_plan())
+    larger = replace(kernel, registers=kernel.registers + 8)
+    assert "not resident together" in str(larger.outgrows_its_plan())
+    narrow = replace(kernel, instructions=kernel.instructions + Counter({"LDG.E.64": 1}))
+    assert narrow_accesses(narrow) == ["LDG.E.64"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", ["89", "100a", "120"])
+def test_other_architectures_compile(arch: str, tmp_path: Path) -> None:
+    """The smallest kernel file stands for all: it includes the header that has the PTX."""
+    command = ["nvcc", "-std=c++17", "-cubin", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}"]
+    command += [str(ROOT / "csrc/bias_gelu.cu"), "-o", str(tmp_path / "cubin")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

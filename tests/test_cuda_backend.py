@@ -1,0 +1,262 @@
+"""The backend `cuda` beyond the numbers of its ops: what it refuses, its activation kernel, whole
+models, and how `auto` comes to choose it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import cuda_host_build
+import pytest
+import torch
+import torch.nn.functional as F
+from berts import DTYPES, tiny
+from kernel_backends import DEVICE, kernel_backends
+from layer_norm_oracle import surrounded_by_nan
+from torch import Tensor
+
+import encoder_fast
+from encoder_fast import backends
+from encoder_fast.backends import load, measurements, resolve
+from encoder_fast.backends.cuda_kernels import CudaKernels
+from encoder_fast.errors import BackendUnavailableError, UnsupportedModelError
+from encoder_fast.ops.add_layer_norm import add_layer_norm
+from encoder_fast.ops.attention import attention
+from encoder_fast.ops.linear import linear
+from encoder_fast.parity import compare
+
+CUDA = next((name for name in kernel_backends() if name.startswith("cuda")), None)
+pytestmark = pytest.mark.skipif(CUDA is None, reason="the CUDA sources are not compiled here")
+
+CU = torch.tensor([0, 4], dtype=torch.int32, device=DEVICE)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def packed(heads: int = 2, size: int = 32, dtype: torch.dtype = torch.float16) -> Tensor:
+    return random(4, heads, size, dtype=dtype)
+
+
+def attend(q: Tensor, k: Tensor | None = None) -> Tensor:
+    return attention(q, q if k is None else k, q, CU, 4, backend=str(CUDA))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: attend(packed(dtype=torch.float32)), "in attention, got torch.float32"),
+        (lambda: attend(packed(size=16)), r"runs head sizes \[32, 64, 128\], got 16"),
+        # Both would be read by misaligned accesses of 16 bytes.
+        (
+            lambda: attend(random(4, 2 * 36)[:, : 2 * 36].view(4, 2, 36)[..., :32]),
+            "q's head stride must be a multiple of 8, got 36",
+        ),
+        (
+            lambda: attend(packed(), random(4, 2 * 32 + 4)[:, :64].unflatten(1, (2, 32))),
+            "k's row stride must be a multiple of 8, got 68",
+        ),
+        (
+            lambda: attend(random(4 * 64 + 1)[1:].view(4, 2, 32)),
+            "q must begin at a multiple of them, got address",
+        ),
+        (
+            lambda: add_layer_norm(
+                random(2, 8), weight=random(8, dtype=torch.float64), backend=str(CUDA)
+            ),
+            "weight must be one of .*float16.*, got torch.float64",
+        ),
+        (lambda: add_layer_norm(random(2, 8200), backend=str(CUDA)), "up to 8192 wide, got 8200"),
+    ],
+)
+def test_what_it_cannot_run_is_an_error(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_strides_of_a_dimension_of_one_do_not_matter() -> None:
+    q = random(4 * 33)[: 4 * 32].view(4, 1, 32).as_strided((4, 1, 32), (32, 33, 1))
+    assert attend(q).isfinite().all()
+
+
+def test_every_access_is_checked_by_the_emulation() -> None:
+    """What a kernel may touch is what the tensors cover, and not the memory beside it."""
+    if CUDA != "cuda-host":
+        pytest.skip("kernels run on the GPU here")
+    extension = cuda_host_build.build_backend()
+
+    class Blind(ModuleType):
+        """The extension, told that x is one row shorter than it is."""
+
+        def __getattr__(self, name):
+            return getattr(extension, name)
+
+        def allow(self, address, rows, row_bytes, stride, written):
+            extension.allow(address, rows - (rows == 5), row_bytes, stride, written)
+
+    kernels = CudaKernels(Blind("_cuda_host"))
+    x = random(5, 64)
+    with pytest.raises(RuntimeError, match=r"add_layer_norm of \(5, 64\), block .* outside every"):
+        kernels.add_layer_norm(x, None, None, None, 1e-12, None)
+    # What was allowed to the launch that failed is forbidden again.
+    expected = load("cuda-host").add_layer_norm(x, None, None, None, 1e-12, None)
+    assert torch.equal(add_layer_norm(x, backend="cuda-host"), expected)
+
+
+# A width of full accesses over one block and over two, one of single elements, and one column.
+@pytest.mark.parametrize("width", [1, 100, 3072, 4099])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_gelu(dtype: torch.dtype, rows: int, width: int) -> None:
+    x, weight = random(rows, 8, dtype=dtype), random(width, 8, dtype=dtype)
+    bias = surrounded_by_nan(random(1, width, dtype=dtype))[0]
+    output = linear(x, weight, bias, activation="gelu", backend=str(CUDA))
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    row = compare("gelu", output, F.gelu(F.linear(x, weight, bias)), exact)
+    assert row.ok, row
+
+
+@pytest.mark.parametrize("values", [[float("nan"), 1.0], [float("inf"), -float("inf")], [-9.0, 9]])
+def test_gelu_of_the_extremes(values: list[float]) -> None:
+    # One input feature: the GEMM is exact.
+    x, weight = torch.tensor(values, device=DEVICE)[:, None], torch.ones(8, 1, device=DEVICE)
+    output = linear(x.half(), weight.half(), activation="gelu", backend=str(CUDA))
+    expected = F.gelu(x.double()).repeat(1, 8)
+    torch.testing.assert_close(output, expected.half(), equal_nan=True, rtol=0, atol=0)
+
+
+def test_a_whole_model_runs_and_comes_back() -> None:
+    # 2 heads of 32, for heads of 16 have no kernel.
+    model = tiny(hidden_size=64, num_attention_heads=2, intermediate_size=96).half().to(DEVICE)
+    ids = torch.randint(1, 97, (3, 19), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    parity = encoder_fast.check_parity(model, inputs, backend=str(CUDA))
+    assert parity.ok, parity
+    encoder_fast.patch(model, backend=str(CUDA), strict=True)
+    with torch.inference_mode():
+        model(**inputs)
+    assert encoder_fast.report(model).encoders[0].backend == CUDA
+    encoder_fast.unpatch(model)
+
+
+def test_a_model_with_other_heads_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="head sizes"):
+        encoder_fast.patch(tiny().half().to(DEVICE), backend=str(CUDA))
+
+
+def test_no_backend_where_there_is_no_gpu() -> None:
+    if DEVICE == "cuda":
+        pytest.skip("there is a GPU")
+    with pytest.raises(BackendUnavailableError, match=r"_cuda is not built|needs an NVIDIA GPU"):
+        add_layer_norm(random(2, 8), backend="cuda")
+    state = encoder_fast.info().backends
+    assert "cuda-host" not in state
+    assert "is not built" in state["cuda"] or "NVIDIA GPU" in state["cuda"]
+
+
+def test_an_extension_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> ModuleType:
+        raise ImportError("libstdc++.so.6: version not found")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib, "import_module", fail)
+    reason = backends.why_not("cuda", torch.device("cuda"))
+    assert reason == (
+        "the extension encoder_fast._cuda does not load: libstdc++.so.6: version not found"
+    )
+
+
+@pytest.fixture
+def faked_table(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Measurements by which CUDA wins for heads of 32 and 64 tokens, and at N = 768."""
+    architecture = measurements.architecture(torch.device(DEVICE))
+    table = {
+        architecture: {
+            "attention": {"float16": {"D32-S64": str(CUDA)}},
+            "add_layer_norm": {"float16": {"N768": str(CUDA)}, "float32": {"N768": "triton"}},
+        }
+    }
+    monkeypatch.setattr(measurements, "TABLE", table)
+    return architecture
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the backends whose ops were called, as they are."""
+    called: list[str] = []
+    for name in ("triton", str(CUDA)):
+        for op in ("attention", "add_layer_norm"):
+            original = getattr(load(name), op)
+
+            def record(*arguments, name=name, original=original):
+                called.append(name)
+                return original(*arguments)
+
+            monkeypatch.setattr(load(name), op, record)
+    return called
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "dtype", "winner"),
+    [
+        (32, 33, torch.float16, CUDA),
+        (32, 64, torch.float16, CUDA),
+        (32, 32, torch.float16, "triton"),
+        (32, 65, torch.float16, "triton"),
+        (64, 64, torch.float16, "triton"),
+        (32, 64, torch.bfloat16, "triton"),
+    ],
+)
+def test_measured_attention(faked_table, calls, size, tokens, dtype, winner) -> None:
+    q = random(tokens, 1, size, dtype=dtype)
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE)
+    load("measured").attention(q, q, q, cu_seqlens, tokens, 0.2)
+    assert calls == [winner]
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "winner"),
+    [
+        (768, torch.float16, CUDA),
+        (513, torch.float16, CUDA),
+        (512, torch.float16, "triton"),
+        (768, torch.float32, "triton"),
+    ],
+)
+def test_measured_norm(faked_table, calls, width, dtype, winner) -> None:
+    x = random(2, width, dtype=dtype)
+    load("measured").add_layer_norm(x, None, None, None, 1e-12, None)
+    assert calls == [winner]
+
+
+def test_auto_says_what_it_chose(faked_table, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
+    monkeypatch.setattr(measurements, "architecture", lambda device: faked_table)
+    if CUDA != "cuda":  # nothing in the table is of `cuda`
+        assert resolve("auto", gpu)[0] == "triton"
+        table = {faked_table: {"attention": {"float16": {"D32-S64": "cuda"}}}}
+        monkeypatch.setattr(measurements, "TABLE", table)
+    name, why = resolve("auto", gpu)
+    assert name == "measured"
+    assert why.startswith("auto: as measured, attention")
+
+    monkeypatch.setattr(backends, "why_not", lambda n, device: "no" if n == "cuda" else None)
+    assert resolve("auto", gpu)[0] == "triton", "the extension is not there"
+
+
+def test_measurements_are_of_known_shapes() -> None:
+    """What is committed: nothing that no call would ever look up."""
+    sizes = {measurements.norm_class(n) for n in measurements.SIZES}
+    lengths = {measurements.attention_class(0, s)[2:] for s in measurements.LENGTHS}
+    for ops in measurements.TABLE.values():
+        for op, by_dtype in ops.items():
+            for dtype, shapes in by_dtype.items():
+                assert hasattr(torch, dtype)
+                for shape, winner in shapes.items():
+                    assert winner in ("triton", "cuda")
+                    known = lengths if op == "attention" else sizes
+                    assert shape.removeprefix("D").lstrip("0123456789") in known or shape in known
