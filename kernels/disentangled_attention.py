@@ -10,7 +10,7 @@ q, k, v, out: (total, H, D); pos_key, pos_query: (rows, H, D), either may be mis
 its clamped distances and anything else are one kernel.
 
 Neither an S by S matrix nor a (total, H, rows) tensor is stored. A tile of 32 queries and 32 keys
-needs 63 distances, so the position scores of a tile are two small products on the tensor cores:
+needs 63 distances, so its position scores are in two small products on the tensor cores:
 
     c[i, x] = q_i · pos_key[row(i0 - j0 - x)]      by query and by the key's offset to the tile
     p[y, j] = pos_query[row(i0 - j0 + y)] · k_j    by the query's offset to the tile and by key
@@ -37,32 +37,48 @@ import triton.language as tl
 
 from encoder_fast.kernels.attention_tiles import (
     LARGE_SHARED_MEMORY,
-    last_sequence_at_or_before,
+    clear_tail,
+    input_precision,
+    search_steps,
+    sequence_of_tile,
     shared_memory,
+    tile_grid,
 )
-
-CHUNK = 32
-"""Distances in a chunk and keys in a tile: the lanes of a warp."""
 
 
 @dataclass(frozen=True)
 class DisentangledConfig:
-    """How one length class is launched. A tile is `block_m` queries (32 or 64) and 32 keys."""
+    """How one length class is launched.
+
+    `chunk` is the number of keys in a tile and of distances in a chunk, at most the 32 lanes of a
+    warp. `block_m`, the number of queries, is one or two chunks.
+    """
 
     block_m: int
+    chunk: int
     num_warps: int
     num_stages: int
 
 
-_SHORT = DisentangledConfig(32, 4, 2)
-_LONG = DisentangledConfig(64, 4, 2)
+# Two groups of 32 rows feed the warpgroup instructions of Hopper and later, and share keys, values
+# and positions. Before, the tensor cores take operands from registers, which two groups overflow.
+_SHORT = DisentangledConfig(32, 32, 4, 2)
+_LONG = DisentangledConfig(64, 32, 4, 2)
+_WIDE_HEAD = DisentangledConfig(32, 32, 8, 1)
+
+# Five products of float32 operands on the FMA units fill the registers with tiles of 16 by 16.
+_FLOAT32 = DisentangledConfig(16, 16, 8, 2)
 
 
-def choose_config(
-    head_dim: int, dtype: torch.dtype, longest: int, shared_memory: int
-) -> DisentangledConfig:
-    """The configuration for a batch, by its longest sequence."""
-    return _SHORT if longest <= CHUNK or shared_memory < LARGE_SHARED_MEMORY else _LONG
+def configs(
+    head_dim: int, dtype: torch.dtype, shared_memory: int
+) -> tuple[DisentangledConfig, DisentangledConfig]:
+    """For sequences of at most a chunk, and for longer ones, by a block's bytes on the card."""
+    if dtype == torch.float32:
+        return _FLOAT32, _FLOAT32
+    if head_dim > 64:
+        return _WIDE_HEAD, _WIDE_HEAD
+    return _SHORT, _LONG if shared_memory >= LARGE_SHARED_MEMORY else _SHORT
 
 
 @triton.jit
@@ -70,6 +86,15 @@ def _load_rows(p_pos, p_row, distance, reach, stride_row, m_d):
     # The table's rows for a vector of distances, a head's columns of them.
     o_row = tl.load(p_row + tl.minimum(tl.maximum(distance + reach, 0), 2 * reach))
     return tl.load(p_pos + tl.cast(o_row, tl.int64)[:, None] * stride_row, mask=m_d, other=0.0)
+
+
+@triton.jit
+def _exchange(b_x, o_from, AXIS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr):
+    # A gather within each group of rows. Over all rows at once it would take more shuffles: one
+    # for each of the registers that a lane's value may come from, and a select.
+    groups: tl.constexpr = (BLOCK_M // CHUNK, CHUNK, CHUNK)
+    b_x = tl.gather(tl.reshape(b_x, groups), tl.reshape(o_from, groups), AXIS)
+    return tl.reshape(b_x, (BLOCK_M, CHUNK))
 
 
 # Sizes that change from batch to batch must not be specialised, or a total that happens to divide
@@ -129,27 +154,15 @@ def disentangled_attention_kernel(
     p_pos_key += i_head * stride_pos_key_head + o_d
     p_pos_query += i_head * stride_pos_query_head + o_d
 
-    if tiles_per_sequence > 0:
-        i_sequence = i_tile // tiles_per_sequence
-        i_local = i_tile % tiles_per_sequence
-    else:
-        i_sequence = last_sequence_at_or_before(
-            p_cu_seqlens, i_tile, batch, search_steps, BLOCK_M, 1
-        )
-        i_local = i_tile - tl.load(p_cu_seqlens + i_sequence) // BLOCK_M - i_sequence
-    begin = tl.load(p_cu_seqlens + i_sequence)
-    n_keys = tl.load(p_cu_seqlens + i_sequence + 1) - begin
-    i_query = i_local * BLOCK_M
-
-    # Tokens behind the last sequence belong to nobody: the programs share them out and clear them.
+    begin, end, i_row = sequence_of_tile(
+        p_cu_seqlens, i_tile, tiles_per_sequence, batch, search_steps, BLOCK_M
+    )
     i_tail = tl.load(p_cu_seqlens + batch) + i_tile * BLOCK_M
-    for i_clear in range(i_tail, total, n_tiles * BLOCK_M):
-        o_clear = tl.cast(i_clear + o_m, tl.int64)[:, None]
-        b_zero = tl.zeros((BLOCK_M, BLOCK_D), p_out.dtype.element_ty)
-        tl.store(p_out + o_clear * stride_out_row, b_zero, mask=(o_clear < total) & m_d)
-
-    if i_query >= n_keys:
+    clear_tail(p_out, stride_out_row, m_d, i_tail, total, n_tiles * BLOCK_M, BLOCK_M)
+    if i_row >= end:
         return
+    n_keys = end - begin
+    i_query = i_row - begin
 
     o_query = tl.cast(begin + i_query + o_m, tl.int64)[:, None]
     m_q = (i_query + o_m < n_keys)[:, None] & m_d
@@ -158,7 +171,7 @@ def disentangled_attention_kernel(
     p_k += o_key * stride_k_row
     p_v += o_key * stride_v_row
 
-    # Row t of its group of 32 and lane s: right of the diagonal where s + t stays within the chunk.
+    # Row t of its group and lane s: right of the diagonal where s + t stays within the chunk.
     o_t = o_m % CHUNK
     m_right = o_t[:, None] + o_n[None, :] < CHUNK
     m_upper = (o_m < CHUNK)[:, None]
@@ -203,7 +216,7 @@ def disentangled_attention_kernel(
             # What was right of the diagonal is left of the next tile's. (Carrying a chunk over two
             # steps instead would keep Triton from loading ahead.)
             b_left = b_right
-            b_s += tl.gather(b_exchanged, o_shear_c, 1)
+            b_s += _exchange(b_exchanged, o_shear_c, 2, BLOCK_M, CHUNK)
         if HAS_POS_QUERY:
             b_pq_left = _load_rows(
                 p_pos_query, p_row, i_query - i_key - CHUNK + o_m, reach, stride_pos_query_row, m_d
@@ -212,10 +225,7 @@ def disentangled_attention_kernel(
             b_p_left = tl.dot(b_pq_left, tl.trans(b_k), input_precision=INPUT_PRECISION)
             b_pq_right = b_pq_left
             b_p = (tl.where(m_right, b_p, b_p_left) * scale_log2).to(b_q.dtype)
-            # By groups of 32 rows, the exchange needs one shuffle an element and not two.
-            b_p = tl.reshape(b_p, (BLOCK_M // CHUNK, CHUNK, CHUNK))
-            o_p = tl.reshape(o_shear_p, (BLOCK_M // CHUNK, CHUNK, CHUNK))
-            b_s += tl.reshape(tl.gather(b_p, o_p, 1), (BLOCK_M, CHUNK))
+            b_s += _exchange(b_p, o_shear_p, 1, BLOCK_M, CHUNK)
         b_s = tl.where(m_n[None, :], b_s, float("-inf"))
 
         b_max_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -261,14 +271,9 @@ def disentangled_attention(
         return out
 
     longest = max(1, min(max_seqlen, total))
-    config = choose_config(head_dim, q.dtype, longest, shared_memory(q.device))
-    tiles_per_sequence = 0
-    n_tiles = total // config.block_m + batch
-    plain = triton.cdiv(longest, config.block_m)
-    if batch * plain <= n_tiles:
-        tiles_per_sequence, n_tiles = plain, batch * plain
-
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    short, long = configs(head_dim, q.dtype, shared_memory(q.device))
+    config = short if longest <= short.chunk else long
+    tiles_per_sequence, n_tiles = tile_grid(total, batch, longest, config.block_m)
     # A table that is not there is never read; any tensor stands in for its pointer and strides.
     key_table = q if pos_key is None else pos_key
     query_table = q if pos_query is None else pos_query
@@ -296,17 +301,16 @@ def disentangled_attention(
             batch,
             heads,
             tiles_per_sequence,
-            # Halvings until one of `batch` candidates is left.
-            (batch - 1).bit_length(),
+            search_steps(batch),
             row_of_distance.numel() // 2,
             softmax_scale * math.log2(math.e),
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_M=config.block_m,
-            CHUNK=CHUNK,
+            CHUNK=config.chunk,
             HAS_POS_KEY=pos_key is not None,
             HAS_POS_QUERY=pos_query is not None,
-            INPUT_PRECISION="ieee" if exact else "tf32",
+            INPUT_PRECISION=input_precision(q.dtype),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Elements of each half that a program holds: 16 for each of its threads.
-HALF_TILE = 2048
+# Elements of each half that a program holds: 8 for each thread, in half precision one access.
+HALF_TILE = 1024
 
 
 @dataclass(frozen=True)

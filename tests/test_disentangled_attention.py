@@ -6,10 +6,12 @@ import pytest
 import torch
 from berts import DEVICE, DTYPES
 from disentangled_oracle import Problem, problem, spread
-from test_ops import BACKENDS
+from test_ops import BACKENDS as ALL_BACKENDS
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from encoder_fast.ops.disentangled_attention import disentangled_attention, make_row_of_distance
+
+BACKENDS = [name for name in ALL_BACKENDS if "cuda" not in name]
 
 LENGTHS = {
     "one": (1,),
@@ -111,6 +113,13 @@ def test_errors() -> None:
     table = one.pos_key.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="no gradient"):
         run(replace(one, pos_key=table), "auto")
+
+
+def test_a_backend_without_it_says_so() -> None:
+    one = problem((5, 4), torch.float32, device=DEVICE)
+    for backend in set(ALL_BACKENDS) - set(BACKENDS):
+        with pytest.raises(ValueError, match=f"'{backend}' has no disentangled_attention"):
+            run(one, backend)
 
 
 def test_compiles_without_a_graph_break() -> None:

@@ -13,6 +13,7 @@ from encoder_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_sum
 from encoder_fast.ops.attention import attention, why_no_head_size
 from encoder_fast.ops.embed_layer_norm import embed_layer_norm
 from encoder_fast.ops.linear import linear, prepare_feed_forward, run_feed_forward
+from encoder_fast.ops.rotary import rotary, rotary_tables
 from encoder_fast.parity import compare
 
 BACKENDS = [
@@ -237,6 +238,25 @@ def test_linear(backend: str, dtype: str, activation: str | None) -> None:
     check(output, act(F.linear(x, weight, bias)), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotary(backend: str, dtype: str) -> None:
+    def turned(qk: torch.Tensor) -> torch.Tensor:
+        wide = [torch.cat([t, t], dim=-1)[:, None, None].to(qk.dtype) for t in (cos, sin)]
+        first, second = qk.chunk(2, dim=-1)
+        return qk * wide[0] + torch.cat([-second, first], dim=-1) * wide[1]
+
+    frequencies = 1e4 ** -(torch.arange(0, 32, 2, device=DEVICE) / 32)
+    # more tokens than the CPU backend turns at a time in half precision
+    cos, sin = rotary_tables(torch.arange(70, device=DEVICE), frequencies)
+    qkv = torch.randn(70, 3, 2, 32, device=DEVICE).to(DTYPES[dtype])
+    before = qkv.clone()
+    assert rotary(qkv, cos, sin, backend=backend) is qkv
+    assert torch.equal(qkv[:, 2], before[:, 2])
+    check(qkv[:, :2], turned(before[:, :2]), turned(before[:, :2].double()))
+    assert rotary(qkv[:0], cos[:0], sin[:0], backend=backend).shape == (0, 3, 2, 32)
+
+
 # 516 inner features are the least of these that the CPU backend cuts into slices.
 @pytest.mark.parametrize("inner", [24, 516])
 @pytest.mark.parametrize("gated", [False, True])
@@ -263,6 +283,8 @@ def test_feed_forward(backend: str, dtype: str, gated: bool, inner: int) -> None
 
 Q = torch.zeros(4, 2, 16)
 CU = torch.tensor([0, 4], dtype=torch.int32)
+QKV = torch.zeros(4, 3, 2, 16)
+COS = torch.zeros(4, 8)
 X = torch.zeros(3, 8)
 BIAS = torch.zeros(2, 5)
 IDS = torch.zeros(3, dtype=torch.long)
@@ -300,6 +322,11 @@ IDS = torch.zeros(3, dtype=torch.long)
         (lambda: embed_layer_norm(IDS.float(), X), "input_ids must be int64 or int32"),
         (lambda: embed_layer_norm(IDS.repeat(2)[::2], X), "input_ids must be contiguous"),
         (lambda: embed_layer_norm(IDS, X, IDS, X[:, :4]), r"position must be \(rows, 8\)"),
+        (lambda: rotary(QKV[:, :2], COS, COS), r"\(total, 3, H, D\).*\(4, 2, 2, 16\)"),
+        (lambda: rotary(QKV.transpose(0, 2), COS, COS), "qkv must be contiguous"),
+        (lambda: rotary(QKV, COS, COS[:3]), r"sin must be .*\(4, 8\), got .*\(3, 8\)"),
+        (lambda: rotary(QKV, COS.half(), COS), r"cos must be .*float32.* got torch.float16"),
+        (lambda: rotary(QKV.double(), COS, COS, backend="cpu"), "'cpu' runs .*float64"),
         (lambda: linear(X, X.t()), r"don't fit: \(3, 8\), \(8, 3\)"),
         (lambda: linear(X, X, X[0]), r"bias must be .*\(3,\), got \(8,\)"),
         (lambda: linear(X, X, torch.zeros(6)[::2]), "bias must be contiguous"),
@@ -336,6 +363,8 @@ def test_no_gradient_is_lost_in_silence() -> None:
 
 def all_ops(x: torch.Tensor, ids: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
     q = x.view(-1, 1, 16)
+    angles = x[:, :8].contiguous()
+    q = rotary(torch.stack([q, q, q], dim=1), angles, angles)[:, 0]
     y = attention(q, q, q, cu, 4).flatten(1)
     y = y + attention(q, q, q, cu, 4, window_size=1).flatten(1)
     y = y + attention(q, q, q, cu, 4, relative_bias=x[:1, :3]).flatten(1)
@@ -352,7 +381,7 @@ def test_torch_compile_sees_no_graph_break() -> None:
     torch.testing.assert_close(compiled(x, ids, cu), all_ops(x, ids, cu))
 
 
-OPS = ["attention", "add_layer_norm", "add_layer_norm_sum", "embed_layer_norm", "linear"]
+OPS = ["attention", "add_layer_norm", "add_layer_norm_sum", "embed_layer_norm", "linear", "rotary"]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -366,6 +395,12 @@ def test_registration(name: str) -> None:
         "add_layer_norm_sum": (x, x, None, None, 1e-5, None, backend),
         "embed_layer_norm": (ids, None, None, x, None, None, None, None, 1e-5, backend),
         "linear": (x, x, None, "gelu", backend),
+        "rotary": (
+            torch.randn(4, 3, 1, 16, device=DEVICE),
+            x[:, :8].clone(),
+            x[:, 8:].clone(),
+            backend,
+        ),
     }[name]
     operator = getattr(torch.ops.encoder_fast, name).default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

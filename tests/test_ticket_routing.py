@@ -137,6 +137,8 @@ USER_ERRORS = {
     "plot-alone": (["--plot", "p.png"], 1, "--plot needs --sweep"),
     "rates": (["--sweep", "--rates", "20,-4"], 1, "--rates 20,-4: numbers above 0"),
     "no-rates": (["--sweep", "--rates", ""], 1, "numbers above 0"),
+    "add-alone": (["--add", "r.json"], 1, "--add needs --sweep"),
+    "add": (["--sweep", "--add", "none.json"], 1, "--add none.json: no such file"),
     "out": (["--out", "no/such/folder/x.json"], 1, "no such folder to write to"),
     "model": (["--model", "./no-model"], 1, "--model ./no-model: no such folder"),
     "dtype": (["--dtype", "float33"], 1, "dtype must be"),
@@ -251,6 +253,7 @@ def test_the_head_says_what_scikit_learn_says() -> None:
         assert head.labels == tuple(theirs.classes_)
         ours = head.probabilities(vectors)
         assert np.allclose(ours, theirs.predict_proba(vectors), atol=1e-5)
+        assert np.allclose(head.probabilities(1e4 * vectors).sum(axis=1), 1)
         folds = np.arange(100) % 4
         apart = out_of_fold(vectors, labels, folds)
         alone = train(vectors[folds != 2], [labels[i] for i in np.flatnonzero(folds != 2)])
@@ -398,7 +401,7 @@ def test_the_whole_program(
     figures = json.loads((tmp_path / "r.json").read_text())
     assert figures["command"].startswith("python -m examples.ticket_routing --csv mine.csv")
     assert figures["highest_rate_held"] == {"unpatched": 20, "encoder_fast": 20}
-    assert sum(figures["tickets"].values()) == len(lines)
+    assert figures["tickets"]["learned"] + figures["tickets"]["held_out"] == len(lines)
     for name in ("unpatched", "encoder_fast"):
         assert [point["rate"] for point in figures["points"][name]] == [10, 20]
         for point in figures["points"][name]:

@@ -18,10 +18,10 @@ from encoder_fast.backends.cpu_attention import attention
 from encoder_fast.backends.cpu_disentangled import disentangled_attention
 from encoder_fast.backends.linears import (
     Activation,
-    FeedForwardSlice,
     PreparedFeedForward,
     PreparedLinear,
     activate,
+    inner_features,
     stack_linears,
 )
 
@@ -161,27 +161,25 @@ def prepare_feed_forward(
     elementwise: bool,
     gated: bool,
 ) -> PreparedFeedForward:
-    w_in, w_out = w_in.detach(), w_out.detach()
-    b_in = None if b_in is None else b_in.detach()
-    b_out = None if b_out is None else b_out.detach()
     inner = w_out.shape[1]
     size = inner
     exact_sum_wanted = w_in.dtype == torch.float32 and has_onednn(torch.float32)
     if elementwise and exact_sum_wanted and inner >= _SLICE_FROM:
         count = max(2, -(-inner // _SLICE))
         size = -(-inner // count)
-
-    def rows(start: int, stop: int) -> PreparedLinear:
-        return _reorder(w_in[start:stop], None if b_in is None else b_in[start:stop])
-
+    # of a gated block, the rows of a slice's features and those of their gates
+    offsets = (0, inner) if gated else (0,)
     slices = []
     for start in range(0, inner, size):
         stop = min(start + size, inner)
+        rows = [slice(offset + start, offset + stop) for offset in offsets]
         slices.append(
-            FeedForwardSlice(
-                rows(start, stop),
-                _reorder(w_out[:, start:stop], None if start else b_out),
-                rows(inner + start, inner + stop) if gated else None,
+            (
+                prepare_linear(
+                    [w_in[part] for part in rows],
+                    [None if b_in is None else b_in[part] for part in rows],
+                ),
+                prepare_linear([w_out[:, start:stop]], [None if start else b_out]),
             )
         )
     return PreparedFeedForward(tuple(slices), gated)
@@ -190,24 +188,13 @@ def prepare_feed_forward(
 def feed_forward_prepared(
     x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
 ) -> Tensor:
-    first, *others = prepared.slices
-    y = linear_prepared(_inner(x, first, activation), first.w_out, None)
-    for part in others:
-        inner = _inner(x, part, activation)
-        y = torch.ops.mkldnn._linear_pointwise.binary(inner, y, part.w_out.weight, None, "add")
+    (w_in, w_out), *others = prepared.slices
+    inner = inner_features(x, w_in, activation, prepared.gated, linear_prepared)
+    y = linear_prepared(inner, w_out, None)
+    for w_in, w_out in others:
+        inner = inner_features(x, w_in, activation, prepared.gated, linear_prepared)
+        y = torch.ops.mkldnn._linear_pointwise.binary(inner, y, w_out.weight, None, "add")
     return y
-
-
-def _inner(x: Tensor, part: FeedForwardSlice, activation: Activation | None) -> Tensor:
-    features = linear_prepared(x, part.w_in, activation)
-    if part.gate is None:
-        return features
-    if part.gate.fused and x.dtype == part.gate.dtype:
-        # multiplied in the GEMM's epilogue
-        return torch.ops.mkldnn._linear_pointwise.binary(
-            x, features, part.gate.weight, part.gate.bias, "mul"
-        )
-    return features * linear_prepared(x, part.gate, None)
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:

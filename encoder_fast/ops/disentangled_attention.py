@@ -19,7 +19,7 @@ import functools
 import torch
 from torch import Tensor
 
-from encoder_fast.backends import resolve
+from encoder_fast.backends import load, resolve
 from encoder_fast.ops._library import Operator, check_dtype, forbid_grad
 from encoder_fast.ops.attention import why_no_head_size
 
@@ -102,6 +102,8 @@ def disentangled_attention(
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     forbid_grad("disentangled_attention", q, k, v, pos_key, pos_query)
     name, _ = resolve(backend, q.device)
+    if not hasattr(load(name), "disentangled_attention"):
+        raise ValueError(f"backend {name!r} has no disentangled_attention")
     check_dtype("disentangled_attention", name, q.dtype)
     reason = why_no_head_size(name, q.shape[2])
     if reason is not None:

@@ -18,7 +18,7 @@ from encoder_fast.text.loading import load
 from encoder_fast.text.pipeline import Block, Compute, Pipeline, Plan
 from encoder_fast.text.reporting import TextReport, warn_caller
 from encoder_fast.text.runner import Runner
-from encoder_fast.text.settings import Settings, longest_input
+from encoder_fast.text.settings import Settings, longest_input, positions
 from encoder_fast.text.tag import Entity, entities
 from encoder_fast.text.texts import check_iterable, encodable
 from encoder_fast.text.tokenising import Tokeniser
@@ -37,7 +37,6 @@ class TextEncoder:
         model: the model, with its head if it has one; patched in place where it can be.
         tokenizer: the tokenizer as it was given or loaded.
         settings: what the model's files say of its use.
-        max_length: the longest input in tokens, special tokens counted.
     """
 
     def __init__(
@@ -54,13 +53,13 @@ class TextEncoder:
         self.settings = settings or Settings()
         self._runner = Runner(model, backend)
         tokeniser = Tokeniser(tokenizer, lower_case=self.settings.lower_case)
-        self.max_length = longest_input(model, tokeniser.max_length, self.settings)
+        max_length = longest_input(model, tokeniser.max_length, self.settings)
         budget = (
             TokenBudget.automatic(model)
             if max_tokens_per_batch is None
             else TokenBudget(max_tokens_per_batch)
         )
-        self._pipeline = Pipeline(tokeniser, self.max_length, budget)
+        self._pipeline = Pipeline(tokeniser, max_length, budget)
 
     @classmethod
     def from_pretrained(
@@ -109,6 +108,21 @@ class TextEncoder:
     def dimension(self) -> int:
         """The length of a vector, before ``truncate_dim``."""
         return self._runner.encoder.config.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """The longest input in tokens, special tokens counted; settable up to the positions."""
+        return self._pipeline.max_length
+
+    @max_length.setter
+    def max_length(self, tokens: int) -> None:
+        specials, limit = self._pipeline.single.size, positions(self.model)
+        if tokens <= specials or (limit is not None and tokens > limit):
+            raise ValueError(
+                f"max_length must be more than the {specials} special tokens and at most the "
+                f"model's {limit} positions, got {tokens}"
+            )
+        self._pipeline.max_length = tokens
 
     @property
     def tokens_per_batch(self) -> int:
@@ -198,11 +212,13 @@ class TextEncoder:
         return self._encode_blocks(_listed(texts), plan, finish, show_progress)
 
     def similarity(
-        self, a: str | Iterable[str] | np.ndarray, b: str | Iterable[str] | np.ndarray
+        self,
+        a: str | Iterable[str] | np.ndarray | Tensor,
+        b: str | Iterable[str] | np.ndarray | Tensor,
     ) -> np.ndarray:
         """How alike texts are, ``(len(a), len(b))``: the cosine, or what the model's files say.
 
-        Vectors from :meth:`encode` may stand for texts.
+        Float vectors, as from :meth:`encode`, may stand for texts.
         """
         left, right = (self._as_vectors(side) for side in (a, b))
         if self.settings.similarity == "cosine":
@@ -264,6 +280,8 @@ class TextEncoder:
     ) -> Iterator[list[Classification]]:
         """As :meth:`classify`, a block of texts at a time; see :meth:`encode_stream`."""
         self._need_head("ForSequenceClassification", "classify")
+        if self.model.config.problem_type == "regression":
+            raise ValueError("classify needs labels, and this model's head is one for regression")
         plan = Plan(long_text, block_size=block_size)
         blocks = self._run(_listed(texts), plan, self._runner.scores, show_progress)
         return (
@@ -368,6 +386,8 @@ class TextEncoder:
         self, texts: Iterable[str], plan: Plan, compute: Compute, show_progress: bool
     ) -> Iterator[tuple[Block, list[Tensor]]]:
         """The pipeline, with a warning at its end where texts were cut."""
+        # as sentence-transformers does: with dropout the same text has no vector of its own
+        self.model.eval()
         cut = total = 0
         for block, results in self._pipeline.run(texts, plan, compute, show_progress=show_progress):
             cut += block.cut
@@ -415,20 +435,26 @@ class TextEncoder:
 
     def _prompt(self, prompt: str | None) -> str:
         prompts = self.settings.prompts
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
         if prompt is None:
             return prompts.get(self.settings.default_prompt or "", "")
         return encodable(prompts.get(prompt, prompt))
 
     def _finish(self, normalize: bool | None, truncate_dim: int | None) -> Finish:
         kept = self.settings.truncate_dim if truncate_dim is None else truncate_dim
-        if kept is not None and kept < 1:
-            raise ValueError(f"truncate_dim must be at least 1, got {kept}")
+        if kept is not None and (not isinstance(kept, int) or kept < 1):
+            raise ValueError(f"truncate_dim must be an integer of at least 1, got {kept!r}")
         by_model = self.settings.normalize and normalize is not False
         return Finish(by_model, kept, normalize is True)
 
-    def _as_vectors(self, side: str | Iterable[str] | np.ndarray) -> Tensor:
-        if isinstance(side, np.ndarray) and side.dtype.kind == "f":
-            return torch.from_numpy(np.atleast_2d(side))
+    def _as_vectors(self, side: str | Iterable[str] | np.ndarray | Tensor) -> Tensor:
+        if isinstance(side, np.ndarray) and side.dtype.kind in "iuf":
+            side = torch.from_numpy(side)
+        if isinstance(side, Tensor):
+            if not side.is_floating_point():
+                raise ValueError(f"similarity is for float vectors, not {side.dtype}")
+            return torch.atleast_2d(side.detach().float().cpu())
         vectors = self.encode(_listed(side))
         assert isinstance(vectors, np.ndarray)
         return torch.from_numpy(vectors)

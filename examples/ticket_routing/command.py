@@ -26,6 +26,10 @@ def ticket_routing(
     ] = None,
     text_column: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
     label_column: Annotated[str, typer.Option(help="Its column of labels.")] = "label",
+    cut: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read so many characters of a ticket.", show_default="all"),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="A folder or hub name.", show_default="the packaged all-MiniLM-L6-v2"),
@@ -75,6 +79,7 @@ def ticket_routing(
     Examples:
       python -m examples.ticket_routing
       python -m examples.ticket_routing --rate 60 --seconds 20
+      python -m examples.ticket_routing --sweep --cut 500 --dtype bfloat16
       python -m examples.ticket_routing --sweep --plot latency.png --out figures.json
       python -m examples.ticket_routing --csv mine.csv --text-column body --label-column team
     """
@@ -82,6 +87,9 @@ def ticket_routing(
         raise TicketError("--plot needs --sweep: one rate makes no curve")
     if add and not sweep:
         raise TicketError("--add needs --sweep")
+    for path in add or []:
+        if not path.is_file():
+            raise TicketError(f"--add {path}: no such file")
     for name, path in (("--plot", plot), ("--out", out)):
         if path is not None and not path.absolute().parent.is_dir():
             raise TicketError(f"{name} {path}: no such folder to write to")
@@ -94,6 +102,7 @@ def ticket_routing(
             csv=csv,
             text_column=text_column,
             label_column=label_column,
+            cut=cut,
             model=model,
             device=device,
             dtype=dtype,

@@ -10,7 +10,7 @@ from examples.ticket_routing.stream import Measured
 from examples.ticket_routing.sweep import typical
 
 # Told apart by lightness as well as by hue.
-_COLOURS = ("#0b6e4f", "#d1495b", "#30638e", "#edae49")
+_COLOURS = ("#d1495b", "#0b6e4f")
 
 
 def plot(points: Mapping[str, Sequence[Measured]], limit: float, title: str, path: Path) -> None:
@@ -22,7 +22,7 @@ def plot(points: Mapping[str, Sequence[Measured]], limit: float, title: str, pat
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
     except ImportError:
         raise TicketError("--plot needs matplotlib: pip install matplotlib") from None
     # not pyplot, which keeps figures and looks for a display; white, also on a dark page
@@ -47,12 +47,14 @@ def plot(points: Mapping[str, Sequence[Measured]], limit: float, title: str, pat
         color="#333333",
     )
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlim(left=0)
     axes.set_xlabel("tickets a second, Poisson arrivals")
     axes.set_ylabel("latency in ms, from the scheduled arrival")
     axes.set_title(title, fontsize=10)
-    axes.grid(True, which="both", color="#dddddd", linewidth=0.6)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False)
     try:
         figure.savefig(path, dpi=120)
