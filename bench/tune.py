@@ -66,6 +66,11 @@ def name_of(config: dict[str, Any]) -> str:
 
 def targets(machine: Machine) -> Iterator[Target]:
     """Every shape class that encoders at large have."""
+    yield from _norm_targets(machine)
+    yield from _attention_targets(machine)
+
+
+def _norm_targets(machine: Machine) -> Iterator[Target]:
     from encoder_fast.kernels.row_norm import row_class, row_tile
 
     if machine.is_fake:
@@ -88,6 +93,37 @@ def targets(machine: Machine) -> Iterator[Target]:
             and (lane, warp) != (own.lanes, own.num_warps)
         )
         yield Target(kernel, row_class(hidden, dtype.itemsize), case, candidates)
+
+
+def _attention_targets(machine: Machine) -> Iterator[Target]:
+    from encoder_fast.kernels.attention import choose_config, shape_class
+    from encoder_fast.kernels.attention_tiles import shared_memory
+
+    if machine.is_fake:
+        widths, batches, dtypes = ["tiny"], [Workload("full", 1, 40)], [torch.float32]
+        tiles, warps, stages = ((16, 16),), (4,), (1,)
+    else:
+        widths, dtypes = ["minilm", "base"], [torch.float16]
+        batches = [Workload("full", 16384 // length, length) for length in (64, 128, 256, 512)]
+        # below the mean length at which the ladder takes larger tiles
+        batches.insert(2, Workload("half", 128, 256))
+        tiles, warps, stages = tuple(product((64, 128), (32, 64, 128))), (4, 8), (1, 2, 3)
+    seen = set()
+    for width, dtype, batch in product(widths, dtypes, batches):
+        case = OpCase("attention", WIDTHS[width], batch, dtype)
+        size, mean = case.width.head_size, batch.tokens // batch.batch
+        own = choose_config(size, dtype, batch.longest, mean, shared_memory(machine.device))
+        name = shape_class(size, dtype, own)
+        if name in seen:
+            continue
+        seen.add(name)
+        candidates = tuple(
+            {"block_m": m, "block_n": n, "num_warps": warp, "num_stages": stage}
+            for (m, n), warp, stage in product(tiles, warps, stages)
+            if (not own.one_key_tile or (n >= own.block_n and stage == 1))
+            and (m, n, warp, stage) != (own.block_m, own.block_n, own.num_warps, own.num_stages)
+        )
+        yield Target("attention", name, case, candidates)
 
 
 @torch.inference_mode()

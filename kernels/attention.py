@@ -27,9 +27,10 @@ figures. local_attention.py has the kernel for keys within a window.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -46,6 +47,7 @@ from encoder_fast.kernels.attention_tiles import (
     shared_memory,
     tile_grid,
 )
+from encoder_fast.kernels.launch_table import tuned
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,37 @@ def choose_config(
         if longest <= limit:
             return config
     return next(config for limit, config in by_mean if mean <= limit)
+
+
+def shape_class(head_dim: int, dtype: torch.dtype, config: AttentionConfig) -> str:
+    """The class of the launch table for what the ladders launch by `config`."""
+    keys = f"one tile of {config.block_n} keys" if config.one_key_tile else "a loop over keys"
+    return f"D{head_dim}, {dtype.itemsize} bytes, {config.block_m} queries, {keys}"
+
+
+@functools.cache
+def _with_fields(config: AttentionConfig, fields: tuple[tuple[str, int], ...]) -> AttentionConfig:
+    return replace(config, **dict(fields))
+
+
+def launch_config(
+    device: torch.device,
+    head_dim: int,
+    dtype: torch.dtype,
+    longest: int,
+    mean: int,
+    biased: bool,
+) -> AttentionConfig:
+    """The configuration measured for this card, or else that of `choose_config`.
+
+    The table says nothing of biases and packed rows. It may change tiles, warps and stages, and
+    where one tile holds all keys it keeps it at least as wide.
+    """
+    config = choose_config(head_dim, dtype, longest, mean, shared_memory(device), biased)
+    if biased or config.pack_rows:
+        return config
+    found = tuned("attention", shape_class(head_dim, dtype, config), device)
+    return config if found is None else _with_fields(config, tuple(found.items()))
 
 
 @triton.jit
@@ -306,14 +339,8 @@ def attention(
         return out
 
     longest = max(1, min(max_seqlen, total))
-    config = choose_config(
-        head_dim,
-        q.dtype,
-        longest,
-        total // batch,
-        shared_memory(q.device),
-        biased=relative_bias is not None,
-    )
+    biased = relative_bias is not None
+    config = launch_config(q.device, head_dim, q.dtype, longest, total // batch, biased)
     if config.pack_rows:
         tiles_per_sequence, n_tiles = 0, triton.cdiv(total, config.block_m)
     else:

@@ -6,6 +6,7 @@ Times are never looked at; who took part, what a record holds and what stops a r
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,8 @@ from bench.sources import ROOT, changed, fingerprint, fingerprints
 from bench.suites import kernels, models
 from bench.workloads import Workload
 from encoder_fast.kernels import launch_table
+from encoder_fast.kernels.attention import choose_config, launch_config, shape_class
+from encoder_fast.kernels.attention_tiles import shared_memory
 from encoder_fast.kernels.row_norm import RowTile, row_class, row_tile, tile_for
 from encoder_fast.parity import ParityRow
 
@@ -253,12 +256,25 @@ def test_every_figure_of_ours_has_files_behind_it(whole_run: record.Record) -> N
 
 
 def test_tuning_in_miniature(tmp_path: Path) -> None:
-    output = run("tune", "--fake", "--out", str(tmp_path), "--filter", "add_layer_norm")
-    assert "add_layer_norm N<=64, 4 bytes" in output
-    table = json.loads((tmp_path / "launch_table.json").read_text())
-    for classes in table.get(MACHINE.name, {}).values():
-        for config in classes.values():
-            assert set(config) == {"lanes", "num_warps"}
+    output = run("tune", "--fake", "--out", str(tmp_path))
+    for kernel in ("add_layer_norm", "embed_layer_norm"):
+        assert f"{kernel} N<=64, 4 bytes" in output
+    assert "attention D16, 4 bytes, 16 queries, a loop over keys" in output
+    assert "1 of" not in output  # nobody was refused
+    check_table(json.loads((tmp_path / "launch_table.json").read_text()))
+
+
+def check_table(table: dict) -> None:
+    for card in table.values():
+        assert set(card) <= {"add_layer_norm", "embed_layer_norm", "attention"}
+        for kernel in ("add_layer_norm", "embed_layer_norm"):
+            for config in card.get(kernel, {}).values():
+                assert RowTile(**config).rows >= 1
+        for name, config in card.get("attention", {}).items():
+            assert set(config) == {"block_m", "block_n", "num_warps", "num_stages"}
+            # a narrower tile would lose keys
+            keys = re.search(r"one tile of (\d+) keys", name)
+            assert keys is None or config["block_n"] >= int(keys[1])
 
 
 def test_table_takes_a_winner_that_is_clearly_faster(tmp_path: Path) -> None:
@@ -290,10 +306,17 @@ def test_launchers_read_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tile_for("add_layer_norm", 768, 2, gpu) == expected
 
 
+def test_attention_reads_the_table() -> None:
+    cpu, half = torch.device("cpu"), torch.float16
+    own = choose_config(64, half, 512, 400, shared_memory(cpu))
+    fields = {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 2}
+    with launch_table.forced("attention", shape_class(64, half, own), fields):
+        found = launch_config(cpu, 64, half, 512, 400, biased=False)
+        assert found == replace(own, **fields)
+        assert launch_config(cpu, 32, half, 512, 400, biased=False) == own
+        biased = choose_config(64, half, 512, 400, shared_memory(cpu), biased=True)
+        assert launch_config(cpu, 64, half, 512, 400, biased=True) == biased
+
+
 def test_shipped_table_is_well_formed() -> None:
-    table = json.loads((ROOT / "kernels/launch_table.json").read_text())
-    for card in table.values():
-        assert set(card) <= {"add_layer_norm", "embed_layer_norm", "attention"}
-        for kernel in ("add_layer_norm", "embed_layer_norm"):
-            for config in card.get(kernel, {}).values():
-                assert RowTile(**config).rows >= 1
+    check_table(json.loads((ROOT / "kernels/launch_table.json").read_text()))
