@@ -207,9 +207,8 @@ class CudaKernels:
     ) -> Tensor:
         if prepared.gated:
             return linears.feed_forward_prepared(x, prepared, activation)
-        (whole,) = prepared.slices
-        inner = self.linear_prepared(x, whole.w_in, activation)
-        return self.linear_prepared(inner, whole.w_out, None)
+        ((w_in, w_out),) = prepared.slices
+        return self.linear_prepared(self.linear_prepared(x, w_in, activation), w_out, None)
 
     def _call(self, function: str, *arguments: int | float) -> None:
         try:
