@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from encoder_fast.errors import ParityError
 from encoder_fast.patching import patched, report, unpatch
 from encoder_fast.patching.locate import STATE, root_module
+from encoder_fast.patching.state import EncoderState
 
 FACTOR = 2.0
 """How many times the original's own error a patched model may be off."""
@@ -171,7 +172,11 @@ def check_parity(
             f"{type(module).__name__}"
         )
     call = {**inputs, "output_hidden_states": True, "return_dict": True}
-    states = [child.__dict__[STATE] for child in module.modules() if STATE in child.__dict__]
+    states = [
+        state
+        for state in (child.__dict__.get(STATE) for child in module.modules())
+        if isinstance(state, EncoderState)
+    ]
     with torch.inference_mode(), nullcontext() if states else patched(module, backend):
         before = report(module).fallbacks
         with _not_strict(states):
@@ -201,7 +206,7 @@ def check_parity(
 
 
 @contextmanager
-def _not_strict(states: list[Any]) -> Iterator[None]:
+def _not_strict(states: list[EncoderState]) -> Iterator[None]:
     """A strict model would raise where the report is to say why nothing was proved."""
     before = [state.strict for state in states]
     for state in states:

@@ -183,3 +183,9 @@ def test_packed_first_tokens(layers: int) -> None:
     torch.testing.assert_close(first[[0, 2, 3]], every[[0, 3, 8]], rtol=1e-5, atol=1e-5)
     assert not first[[1, 4]].any()
     assert none.shape == (2, 48) and not none.any()
+
+
+def test_check_parity_of_a_patched_head() -> None:
+    model = encoder_fast.patch(zoo.build("bert", "ForSequenceClassification"), strict=True)
+    report = encoder_fast.check_parity(model, inputs())
+    assert report.ok, str(report)
