@@ -19,7 +19,7 @@ endif
 
 # Compiling the CUDA extension is a step of its own: `make demo` should not wait for it.
 PIP     := ENCODER_FAST_BUILD_CUDA=0 $(VENV)/bin/python -m pip --disable-pip-version-check -qq
-SOURCES := encoder_fast kernels tests conftest.py noxfile.py setup.py
+SOURCES := bench encoder_fast examples kernels tests conftest.py noxfile.py setup.py
 # The CUDA extension is tested where its compiler is, with or without a GPU.
 NVCC         := $(shell command -v nvcc || ls $(CUDA_HOME:%=%/bin/nvcc) /usr/local/cuda/bin/nvcc 2>/dev/null)
 CUDA         := $(if $(NVCC),$(VENV)/.cuda)
@@ -32,7 +32,7 @@ RXNFP_SHA256 := c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf
 GENSIM        := $(WHEELS)/gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl
 GENSIM_SHA256 := 91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8
 
-.PHONY: help demo test test-gpu lint format matrix build clean distclean
+.PHONY: help demo test test-gpu bench bench-gpu lint format matrix build clean distclean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -48,6 +48,16 @@ test: lint $(RXNFP) $(GENSIM) $(CUDA) ## Linters, types and the whole test suite
 test-gpu: ## The test suite from the tree, with the Python packages that are there
 	@$(PYTHON_FITS)
 	@PYTHONPATH=. $(PYTHON) -m pytest tests -p no:cacheprovider
+
+# Figures are reported even if a contestant of ours failed; the status still says so.
+bench: $(VENV)/.bench ## Benchmarks and docs/performance.md, 15 minutes on two cores (ARGS=--quick: 3)
+	@$(VENV)/bin/python -m bench all $(ARGS); status=$$?; \
+		$(VENV)/bin/python -m bench report && exit $$status
+
+bench-gpu: ## The same on an NVIDIA GPU with the packages that are there, 8 minutes (ARGS=--quick: 2)
+	@$(PYTHON_FITS)
+	@PYTHONPATH=. $(PYTHON) -m bench all $(ARGS); status=$$?; \
+		PYTHONPATH=. $(PYTHON) -m bench report && exit $$status
 
 lint: $(VENV)/.test ## Check style, format and types
 	@$(VENV)/bin/ruff check $(wildcard $(SOURCES))
@@ -133,6 +143,11 @@ $(VENV)/.cuda: $(VENV)/.test setup.py $(CUDA_SOURCES)
 	@echo "encoder_fast: compiling the CUDA extension (two minutes on two cores the first time)"
 	@PATH="$(abspath $(VENV))/bin:$$PATH" ENCODER_FAST_BUILD_CUDA=1 \
 		$(VENV)/bin/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py
+	@echo "encoder_fast: installing the package and the peers that it is measured against"
+	@$(PIP) install -c $(VENV)/constraints.txt -e ".[bench]"
 	@touch $@
 
 $(RXNFP): | $(VENV)/.torch

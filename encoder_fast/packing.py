@@ -58,12 +58,40 @@ class PackedBatch:
         flat = packed.new_zeros(self.batch_size * self.padded_length, *rest)
         return flat.index_copy_(0, self.indices, packed).view(*self.shape, *rest)
 
+    def first_tokens(self, packed: Tensor) -> Tensor:
+        """``(total, ...)`` to ``(B, ...)``: the first token of each row.
+
+        A row without tokens gets some token's; see :meth:`blank_empty_rows`.
+        """
+        if self.total == 0:
+            return packed.new_zeros(self.batch_size, *packed.shape[1:])
+        # an empty row begins where the next one does, and the last of them behind the end
+        return packed.index_select(0, self.cu_seqlens[:-1].clamp(max=self.total - 1))
+
+    def blank_empty_rows(self, rows: Tensor) -> Tensor:
+        """``(B, N)`` with zeros for the rows that have no token."""
+        return rows.masked_fill_((self.cu_seqlens.diff() == 0).unsqueeze(1), 0)
+
     def columns(self) -> Tensor:
         """int64 ``(total,)``: each token's column in the padded batch."""
         if self.indices is None:
             columns = torch.arange(self.padded_length, device=self.cu_seqlens.device)
             return columns.repeat(self.batch_size)
         return self.indices % self.padded_length
+
+    def windows(self, packed: Tensor, size: int) -> Tensor:
+        """``(total, N)`` to ``(total, size, N)``: each token amid its neighbours of its own
+        sequence, and zeros where there are none. ``size`` is odd."""
+        tokens = torch.arange(packed.shape[0], device=packed.device, dtype=torch.int32)
+        sequence = torch.searchsorted(self.cu_seqlens[1:], tokens, right=True)
+        sequence = sequence.clamp_(max=self.batch_size - 1)
+        first, end = self.cu_seqlens[sequence], self.cu_seqlens[sequence + 1]
+        reach = torch.arange(-(size // 2), size // 2 + 1, device=packed.device, dtype=torch.int32)
+        places = tokens[:, None] + reach
+        outside = (places < first[:, None]) | (places >= end[:, None])
+        places = places.clamp_(0, packed.shape[0] - 1).view(-1)
+        gathered = packed.index_select(0, places).view(packed.shape[0], size, packed.shape[1])
+        return gathered.masked_fill_(outside[:, :, None], 0)
 
 
 @dataclass(frozen=True, slots=True)

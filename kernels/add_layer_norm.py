@@ -27,7 +27,7 @@ from encoder_fast.kernels.row_norm import (
     layer_norm_row,
     piece_columns,
     row_align,
-    row_tile,
+    tile_for,
 )
 
 
@@ -111,7 +111,7 @@ def add_layer_norm(
         return out
     stride_x_row = x.stride(0)
     stride_residual_row = 0 if residual is None else residual.stride(0)
-    tile = row_tile(N)
+    tile = tile_for("add_layer_norm", N, x.element_size(), x.device)
     with torch.cuda.device_of(x):
         add_layer_norm_kernel[(triton.cdiv(M, tile.rows),)](
             x,

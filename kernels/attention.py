@@ -2,38 +2,51 @@
 
 For every sequence `b` and head `h`, with rows `cu_seqlens[b]` to `cu_seqlens[b + 1]` of q, k, v:
 
-    out = softmax(softmax_scale * q @ k.T) @ v          q, k, v, out: (total, H, D)
+    out = softmax(softmax_scale * q @ k.T + bias) @ v          q, k, v, out: (total, H, D)
+
+where the bias is optional and depends on the distance from query i to key j alone:
+relative_bias[h, clamp(j - i, -R, R) + R], for relative_bias of shape (H, 2R + 1).
 
 No S by S matrix is stored: a program holds a tile of BLOCK_M query rows and walks over the keys in
 tiles of BLOCK_N (FlashAttention, arXiv 2205.14135). Scores stay in the units of q @ k.T; one fused
-multiply-add a score turns them into the exponent of exp2, so softmax_scale must be positive.
+multiply-add a score turns them into the exponent of exp2, so softmax_scale must be positive. With
+a bias they are scaled as it is added, by another fused multiply-add. A tile of scores looks at
+BLOCK_M + BLOCK_N - 1 neighbouring values of it at most: a few lines of L1, read once for each
+score, since every lane of a warp finds what it needs within a line or two.
 
 Three ways to cut the tokens into query tiles; the launcher picks one from numbers the host has.
-
-- Rows packed across sequences (`PACK_ROWS`), for the shortest ones: a tile is BLOCK_M consecutive
-  rows of the batch whatever they belong to, and each row knows where its own keys begin and end.
-- A fixed number of tiles a sequence, when that is the smallest grid.
-- Tile slots: sequence b owns the slots from cu_seqlens[b] // BLOCK_M + b on, which is always
-  enough for its length and leaves at most one slot of a sequence empty, without a prefix sum.
+Two are told in attention_tiles.py. The third, for the shortest sequences, packs rows across them
+(`PACK_ROWS`): a tile is BLOCK_M consecutive rows of the batch whatever they belong to, and each row
+knows where its own keys begin and end.
 
 Up to 128 keys the kernel is bound by memory bandwidth, so what counts there is many small programs
 in flight. Beyond that it is bound by exponentials and by instruction issue as much as by the tensor
 cores, so the loop over full key tiles carries no mask: the last tile, the only one that can be
 partial, goes first and also saves the loop its start values. docs/kernels/attention.md has the
-figures.
+figures. local_attention.py has the kernel for keys within a window.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from encoder_fast.kernels.attention_tiles import (
+    LARGE_SHARED_MEMORY,
+    clear_tail,
+    input_precision,
+    last_sequence_at_or_before,
+    next_weights,
+    search_steps,
+    sequence_of_tile,
+    shared_memory,
+    tile_grid,
+)
 
 
 @dataclass(frozen=True)
@@ -80,59 +93,59 @@ _BY_MEAN_SMALL: Ladder = (
 _FLOAT32: Ladder = ((sys.maxsize, AttentionConfig(16, 32, 4, 2)),)
 _FLOAT32_WIDE_HEAD: Ladder = ((sys.maxsize, AttentionConfig(32, 16, 8, 2)),)
 
-# Bytes for a block that tell the cards apart: 227 KB on Hopper and data-centre Blackwell, 99 to
-# 163 KB on those before and on consumer cards.
-LARGE_SHARED_MEMORY = 200 * 1024
+
+# A bias adds a value of its own to every score, and takes registers for as many.
+_BY_LONGEST_BIASED: Ladder = (
+    (16, AttentionConfig(32, 64, 4, 1, one_key_tile=True, pack_rows=True)),
+    (64, AttentionConfig(64, 64, 4, 1, one_key_tile=True)),
+)
+_BY_MEAN_BIASED: Ladder = ((sys.maxsize, AttentionConfig(64, 64, 4, 2)),)
+_BY_MEAN_BIASED_WIDE_HEAD: Ladder = ((sys.maxsize, AttentionConfig(64, 32, 8, 2)),)
 
 
-def ladders(head_dim: int, dtype: torch.dtype, shared_memory: int) -> tuple[Ladder, Ladder]:
+def ladders(
+    head_dim: int, dtype: torch.dtype, shared_memory: int, biased: bool = False
+) -> tuple[Ladder, Ladder]:
     """The rungs by longest and by mean length for a card with that many bytes for a block."""
     if dtype == torch.float32:
         return (), _FLOAT32_WIDE_HEAD if head_dim > 64 else _FLOAT32
-    if shared_memory >= LARGE_SHARED_MEMORY:
-        return _BY_LONGEST, _BY_MEAN
-    return _BY_LONGEST_SMALL, _BY_MEAN_SMALL if head_dim > 64 else _BY_MEAN
+    if biased:
+        by_mean = _BY_MEAN_BIASED_WIDE_HEAD if head_dim > 64 else _BY_MEAN_BIASED
+        return _BY_LONGEST_BIASED, by_mean
+    if shared_memory < LARGE_SHARED_MEMORY:
+        return _BY_LONGEST_SMALL, _BY_MEAN_SMALL if head_dim > 64 else _BY_MEAN
+    return _BY_LONGEST, _BY_MEAN
 
 
 def choose_config(
-    head_dim: int, dtype: torch.dtype, longest: int, mean: int, shared_memory: int
+    head_dim: int,
+    dtype: torch.dtype,
+    longest: int,
+    mean: int,
+    shared_memory: int,
+    biased: bool = False,
 ) -> AttentionConfig:
-    by_longest, by_mean = ladders(head_dim, dtype, shared_memory)
+    by_longest, by_mean = ladders(head_dim, dtype, shared_memory, biased)
     for limit, config in by_longest:
         if longest <= limit:
             return config
     return next(config for limit, config in by_mean if mean <= limit)
 
 
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return LARGE_SHARED_MEMORY
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin
-
-
 @triton.jit
-def _last_sequence_at_or_before(
-    p_cu_seqlens, target, batch, search_steps, TILE: tl.constexpr, SLOT: tl.constexpr
-):
-    # The last b in [0, batch) with cu_seqlens[b] // TILE + b * SLOT <= target. Taking the last one
-    # passes over empty sequences. The upper steps hit lines that other programs have brought in.
-    i_low = target * 0
-    i_high = i_low + batch
-    for _ in range(search_steps):
-        i_middle = (i_low + i_high) // 2
-        first = tl.load(p_cu_seqlens + i_middle) // TILE + i_middle * SLOT
-        m_low = first <= target
-        i_low = tl.where(m_low, i_middle, i_low)
-        i_high = tl.where(m_low, i_high, i_middle)
-    return i_low
+def _biased(b_s, p_bias, o_row, o_key, reach, bias_scale):
+    # Clamped first, so that no lane reads outside of the table, whatever its row.
+    o_distance = tl.minimum(tl.maximum(o_key[None, :] - o_row[:, None] + reach, 0), 2 * reach)
+    return tl.fma(b_s, bias_scale, tl.load(p_bias + o_distance).to(tl.float32))
 
 
 # Sizes that change from batch to batch must not be specialised, or a total that happens to divide
 # by 16 would compile a second kernel on a user's call.
 @triton.jit(
-    do_not_specialize=["total", "batch", "heads", "tiles_per_sequence", "search_steps"],
+    do_not_specialize=[
+        *("total", "batch", "heads", "tiles_per_sequence", "search_steps"),
+        *("stride_bias_head", "reach"),
+    ],
     do_not_specialize_on_alignment=["p_cu_seqlens"],
 )
 def attention_kernel(
@@ -140,6 +153,7 @@ def attention_kernel(
     p_q,
     p_k,
     p_v,
+    p_bias,
     p_cu_seqlens,
     stride_q_row,
     stride_q_head,
@@ -147,11 +161,14 @@ def attention_kernel(
     stride_k_head,
     stride_v_row,
     stride_v_head,
+    stride_bias_head,
+    reach,
     total,
     batch,
     heads,
     tiles_per_sequence,
     search_steps,
+    bias_scale,
     scale_log2,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -176,32 +193,19 @@ def attention_kernel(
     p_q += i_head * stride_q_head + o_d
     p_k += i_head * stride_k_head + o_d
     p_v += i_head * stride_v_head + o_d
+    if p_bias is not None:
+        p_bias += i_head * stride_bias_head
 
     if PACK_ROWS:
         i_row = i_tile * BLOCK_M
         row_end = total
     else:
-        if tiles_per_sequence > 0:
-            i_sequence = i_tile // tiles_per_sequence
-            i_local = i_tile % tiles_per_sequence
-        else:
-            i_sequence = _last_sequence_at_or_before(
-                p_cu_seqlens, i_tile, batch, search_steps, BLOCK_M, 1
-            )
-            i_local = i_tile - tl.load(p_cu_seqlens + i_sequence) // BLOCK_M - i_sequence
-        key_begin = tl.load(p_cu_seqlens + i_sequence)
-        key_end = tl.load(p_cu_seqlens + i_sequence + 1)
-        i_row = key_begin + i_local * BLOCK_M
+        key_begin, key_end, i_row = sequence_of_tile(
+            p_cu_seqlens, i_tile, tiles_per_sequence, batch, search_steps, BLOCK_M
+        )
         row_end = key_end
-
-        # Tokens behind the last sequence belong to nobody: the programs share them out and clear
-        # them, most often none.
         i_tail = tl.load(p_cu_seqlens + batch) + i_tile * BLOCK_M
-        for i_clear in range(i_tail, total, n_tiles * BLOCK_M):
-            o_clear = tl.cast(i_clear + o_m, tl.int64)[:, None]
-            b_zero = tl.zeros((BLOCK_M, BLOCK_D), p_out.dtype.element_ty)
-            tl.store(p_out + o_clear * stride_out_row, b_zero, mask=(o_clear < total) & m_d)
-
+        clear_tail(p_out, stride_out_row, m_d, i_tail, total, n_tiles * BLOCK_M, BLOCK_M)
         if i_row >= row_end:
             return
 
@@ -211,7 +215,7 @@ def attention_kernel(
     b_q = tl.load(p_q + o_q * stride_q_row, mask=m_q, other=0.0)
 
     if PACK_ROWS:
-        o_sequence = _last_sequence_at_or_before(p_cu_seqlens, o_row, batch, search_steps, 1, 0)
+        o_sequence = last_sequence_at_or_before(p_cu_seqlens, o_row, batch, search_steps, 1, 0)
         o_begin = tl.load(p_cu_seqlens + o_sequence)
         o_end = tl.load(p_cu_seqlens + o_sequence + 1)
         # Rows behind the last sequence get an empty range of keys, and so come out as zeros.
@@ -232,19 +236,20 @@ def attention_kernel(
     b_v = tl.load(p_v + n_skip * stride_v_row, mask=m_kv, other=0.0)
 
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION)
+    o_key = key_begin + o_n
+    if p_bias is not None:
+        b_s = _biased(b_s, p_bias, o_row, n_before + o_key, reach, bias_scale)
     if PACK_ROWS:
         # A weight of 0 would still turn an infinite or NaN value of another sequence into NaN. Such
         # values are taken out, and come back as NaN scores that their own sequence alone sees.
         b_v_gap = b_v.to(tl.float32) - b_v.to(tl.float32)
         b_v = tl.where(b_v_gap == 0.0, b_v, 0.0)
         b_s += tl.sum(b_v_gap, 1)[None, :]
-        o_key = (key_begin + o_n)[None, :]
-        m_s = (o_key >= o_begin[:, None]) & (o_key < o_end[:, None])
+        m_s = (o_key[None, :] >= o_begin[:, None]) & (o_key[None, :] < o_end[:, None])
     else:
         m_s = m_n[None, :]
     b_s = tl.where(m_s, b_s, float("-inf"))
-    # The maximum is kept scaled and rounded, as it is subtracted. With a fused multiply-add its
-    # rounding is the same factor on a whole row, which the division at the end takes out again.
+    # Scaled and rounded as it is subtracted: attention_tiles.next_weights says why.
     b_max = tl.max(b_s, 1) * scale_log2
     if PACK_ROWS:
         # -inf - -inf would be NaN in a row without keys.
@@ -256,17 +261,14 @@ def attention_kernel(
     # 2. The full tiles before it, without a mask on the keys.
     if not ONE_KEY_TILE:
         step = tl.cast(BLOCK_N, tl.int64)
-        for _ in range(0, n_before, BLOCK_N):
+        for i_key in range(0, n_before, BLOCK_N):
             b_k = tl.load(p_k, mask=m_d, other=0.0)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=INPUT_PRECISION)
-            b_max_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
-            b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_max_new[:, None]))
-            b_rescale = tl.exp2(b_max - b_max_new)
-            b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-            b_acc = b_acc * b_rescale[:, None]
+            if p_bias is not None:
+                b_s = _biased(b_s, p_bias, o_row, i_key + o_key, reach, bias_scale)
+            b_p, b_max, b_sum, b_acc = next_weights(b_s, b_max, b_sum, b_acc, scale_log2)
             b_v = tl.load(p_v, mask=m_d, other=0.0)
             b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=INPUT_PRECISION)
-            b_max = b_max_new
             p_k += step * stride_k_row
             p_v += step * stride_v_row
 
@@ -283,11 +285,14 @@ def attention(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     softmax_scale: float,
+    relative_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(softmax_scale * q @ k.T) @ v within each sequence: (total, H, D), contiguous.
+    """softmax(softmax_scale * q @ k.T + bias) @ v within each sequence: (total, H, D), contiguous.
 
     q, k, v: (total, H, D) in float16, bfloat16 or float32 with a last stride of 1; D up to 128.
     cu_seqlens: int32 (B + 1,). max_seqlen: no sequence is longer. softmax_scale: positive.
+    relative_bias: (H, 2R + 1), finite, with a last stride of 1; column R + d is added for the key d
+    rows behind the query, and the outermost columns for those farther away than R.
     Rows behind cu_seqlens[-1] come out as zeros. Nothing here waits for the device.
     """
     total, heads, head_dim = q.shape
@@ -299,24 +304,27 @@ def attention(
         return out
 
     longest = max(1, min(max_seqlen, total))
-    shared_memory = _shared_memory(q.device)
-    config = choose_config(head_dim, q.dtype, longest, total // batch, shared_memory)
-    tiles_per_sequence = 0
+    config = choose_config(
+        head_dim,
+        q.dtype,
+        longest,
+        total // batch,
+        shared_memory(q.device),
+        biased=relative_bias is not None,
+    )
     if config.pack_rows:
-        n_tiles = triton.cdiv(total, config.block_m)
+        tiles_per_sequence, n_tiles = 0, triton.cdiv(total, config.block_m)
     else:
-        n_tiles = total // config.block_m + batch
-        plain = triton.cdiv(longest, config.block_m)
-        if batch * plain <= n_tiles:
-            tiles_per_sequence, n_tiles = plain, batch * plain
+        tiles_per_sequence, n_tiles = tile_grid(total, batch, longest, config.block_m)
+    scale_log2 = softmax_scale * math.log2(math.e)
 
-    exact = q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     with torch.cuda.device_of(q):
         attention_kernel[(n_tiles * heads,)](
             out,
             q,
             k,
             v,
+            relative_bias,
             cu_seqlens,
             q.stride(0),
             q.stride(1),
@@ -324,20 +332,23 @@ def attention(
             k.stride(1),
             v.stride(0),
             v.stride(1),
+            0 if relative_bias is None else relative_bias.stride(0),
+            0 if relative_bias is None else relative_bias.shape[1] // 2,
             total,
             batch,
             heads,
             tiles_per_sequence,
-            # Halvings until one of `batch` candidates is left.
-            (batch - 1).bit_length(),
-            softmax_scale * math.log2(math.e),
+            search_steps(batch),
+            softmax_scale,
+            # The bias is added to scaled scores.
+            scale_log2 if relative_bias is None else math.log2(math.e),
             HEAD_DIM=head_dim,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             ONE_KEY_TILE=config.one_key_tile,
             PACK_ROWS=config.pack_rows,
-            INPUT_PRECISION="ieee" if exact else "tf32",
+            INPUT_PRECISION=input_precision(q.dtype),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

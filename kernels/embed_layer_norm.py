@@ -33,7 +33,7 @@ from encoder_fast.kernels.row_norm import (
     layer_norm_row,
     piece_columns,
     row_align,
-    row_tile,
+    tile_for,
 )
 
 
@@ -133,7 +133,7 @@ def embed_layer_norm(
     stride_word_row, n_word = word.stride(0), word.shape[0]
     stride_position_row, n_position = _stride_and_rows(position)
     stride_token_type_row, n_token_type = _stride_and_rows(token_type)
-    tile = row_tile(N)
+    tile = tile_for("embed_layer_norm", N, itemsize, word.device)
     with torch.cuda.device_of(word):
         embed_layer_norm_kernel[(triton.cdiv(total, tile.rows),)](
             input_ids,

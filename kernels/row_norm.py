@@ -21,11 +21,15 @@ deviation.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
+
+from encoder_fast.kernels.launch_table import tuned
 
 ACCESS_BYTES = 16
 
@@ -66,6 +70,20 @@ def row_tile(N: int) -> RowTile:
         if limit >= N:
             return tile
     raise ValueError(f"N must be at most {ROW_TILES[-1][0]}, got {N}")
+
+
+@functools.cache
+def row_class(N: int, itemsize: int) -> str:
+    """The shape class of the launch table: a rung of `ROW_TILES` and the bytes of an element."""
+    limit = next(limit for limit, _ in ROW_TILES if limit >= N)
+    return f"N<={limit}, {itemsize} bytes"
+
+
+def tile_for(kernel: str, N: int, itemsize: int, device: torch.device) -> RowTile:
+    """The tile measured for this card, or else that of `row_tile`."""
+    tile = row_tile(N)
+    config = tuned(kernel, row_class(N, itemsize), device)
+    return tile if config is None else RowTile(config["lanes"], config["num_warps"])
 
 
 def row_align(itemsize: int, *strides: int) -> int:

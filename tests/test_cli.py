@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from berts import config, minilm_path
-from transformers import BertModel, GPT2Config, GPT2Model
+from berts import minilm_path
+from transformers import GPT2Config, GPT2Model
 
 import encoder_fast
 
@@ -21,9 +21,11 @@ import encoder_fast
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from cli_runs import call, one_line, tiny_model
 from rich.console import Console
 
-from encoder_fast.cli import demo_run, main
+from encoder_fast.cli import demo_run
+from encoder_fast.cli.checkpoint import read_passages
 from encoder_fast.cli.demo import show
 from encoder_fast.cli.demo_run import Demo, DemoResult
 
@@ -52,35 +54,12 @@ def shown() -> tuple[DemoResult, str]:
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of 40 positions whose tokenizer knows letters alone."""
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
-    BertModel(config(vocab_size=len(words))).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(words))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 40})
-    )
-    return folder
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run a command in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["encoder-fast", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code or 0
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The error that was printed, which must be a single line."""
-    message = capsys.readouterr().err
-    assert message.startswith("encoder-fast: ") and message.count("\n") == 1, message
-    return message
+    return tiny_model(tmp_path_factory.mktemp("tiny-bert"))
 
 
 def test_help_shows_examples(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    for arguments in (["--help"], ["demo", "--help"], ["info", "-h"]):
+    commands = ("demo", "info", "embed", "classify", "tag", "parity", "bench")
+    for arguments in (["--help"], ["info", "-h"], *([name, "--help"] for name in commands)):
         assert call(monkeypatch, *arguments) == 0
         text = capsys.readouterr().out
         assert re.search(r"^  Examples?:\n    encoder-fast ", text, re.MULTILINE), text
@@ -252,7 +231,7 @@ def test_search_finds_the_answers(shown: tuple[DemoResult, str]) -> None:
 
 def test_answers_share_no_word_with_their_query() -> None:
     """Else a search by words would do as well."""
-    passages = demo_run.read_passages()
+    passages = read_passages()
     for query, expected in zip(demo_run.QUERIES, ANSWERS, strict=True):
         (passage,) = (p for p in passages if expected in p)
         query_words, words = (set(re.findall(r"[a-z]{4,}", x.lower())) for x in (query, passage))
@@ -260,7 +239,7 @@ def test_answers_share_no_word_with_their_query() -> None:
 
 
 def test_passages() -> None:
-    passages = demo_run.read_passages()
+    passages = read_passages()
     assert 40 <= len(passages) == len(set(passages))
     lengths = [len(passage.split()) for passage in passages]
     assert min(lengths) <= 7 and max(lengths) >= 55

@@ -1,10 +1,14 @@
 """patch on what holds an encoder: SentenceTransformer, CrossEncoder, transformers pipelines."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import zoo
 from berts import DEVICE, minilm, minilm_path, tiny
 
 import encoder_fast
+from encoder_fast.parity import compare
 
 TEXTS = ["Hello world", "A much longer sentence about encoders, and about padding.", "", "x"] * 3
 
@@ -19,6 +23,30 @@ def test_sentence_transformer() -> None:
     assert report.fast_calls > 0
     assert report.fallbacks == {}
     assert torch.equal(torch.from_numpy(encoder_fast.unpatch(model).encode(TEXTS)), before)
+
+
+def test_sentence_transformer_over_mpnet(tmp_path: Path) -> None:
+    st = pytest.importorskip("sentence_transformers")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path())
+    tokenizer.pad_token = "[unused0]"  # id 1, which MPNet's positions skip
+    tokenizer.save_pretrained(tmp_path)
+    zoo.build("mpnet", vocab_size=30522, max_position_embeddings=64).save_pretrained(tmp_path)
+
+    def load() -> torch.nn.Module:
+        return st.SentenceTransformer(str(tmp_path), device=DEVICE)  # with mean pooling
+
+    model = load()
+    before = model.encode(TEXTS, convert_to_tensor=True)
+    after = encoder_fast.patch(model).encode(TEXTS, convert_to_tensor=True)
+    exact = load().double().encode(TEXTS, convert_to_tensor=True)
+    assert exact.dtype == torch.float64
+    row = compare("embeddings", after, before, exact)
+    assert row.ok, row
+    report = encoder_fast.report(model)
+    assert report.fast_calls > 0
+    assert report.fallbacks == {}
 
 
 def test_cross_encoder(tmp_path: object) -> None:

@@ -13,10 +13,11 @@ import encoder_fast
 
 def call_for(family: str, head: str, kind: str) -> dict:
     call = inputs(kind)
-    if family == "distilbert":
+    if family in ("distilbert", "modernbert", "mpnet"):
         del call["token_type_ids"]
-    if family in ("roberta", "xlm_roberta", "camembert"):
-        call["token_type_ids"].zero_()
+    if family in zoo.ROBERTAS:
+        if "token_type_ids" in call:
+            call["token_type_ids"].zero_()
         if "attention_mask" in call:
             # as a tokenizer pads; the positions go by the ids
             call["input_ids"][call["attention_mask"] == 0] = zoo.PAD
@@ -40,6 +41,12 @@ def test_parity(family: str, head: str, dtype: str, kind: str) -> None:
             encoder_fast.patch(model)(**call)
         assert "left padding" in next(iter(encoder_fast.report(model).fallbacks))
         return
+    if kind == "holes" and family in zoo.BY_DISTANCE:
+        with torch.inference_mode():
+            expected = model(**call)[0]
+            assert torch.equal(encoder_fast.patch(model)(**call)[0], expected)
+        assert "a mask with holes" in next(iter(encoder_fast.report(model).fallbacks))
+        return
     report = encoder_fast.check_parity(model, call)
     assert report.ok, str(report)
 
@@ -48,6 +55,12 @@ SIZES = {
     "distilbert": {"dim": 768, "n_heads": 12, "hidden_dim": 3072},
     "electra": {"embedding_size": 128},
     "albert": {"embedding_size": 128, "num_hidden_groups": 1},
+    "modernbert": {
+        "num_hidden_layers": 2,
+        "global_attn_every_n_layers": 2,
+        "intermediate_size": 1152,
+        **{f"{part}_bias": False for part in ("norm", "attention", "mlp")},
+    },
 }
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 
@@ -90,10 +103,10 @@ def test_behaviour(family: str, tmp_path: object) -> None:
     assert torch.equal(restored.loss, before.loss)
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("family", [f for f in zoo.FAMILIES if f not in zoo.WITHOUT_LIMIT])
 def test_too_long_names_the_limit(family: str) -> None:
     model = encoder_fast.patch(zoo.build(family))
-    limit = 38 if "roberta" in family or family == "camembert" else 40
+    limit = 38 if family in zoo.ROBERTAS else 40
     ids = torch.full((1, limit + 1), 5, device=DEVICE)
     with torch.inference_mode(), pytest.raises(ValueError, match=f"limit of {limit} positions"):
         model(ids)
@@ -110,6 +123,39 @@ def test_roberta_positions_skip_padding_of_any_length() -> None:
     ids[mask == 0] = zoo.PAD
     report = encoder_fast.check_parity(model, {"input_ids": ids, "attention_mask": mask})
     assert report.ok, str(report)
+
+
+def test_mpnet_beyond_its_buckets() -> None:
+    """From a distance of 128 on all is one bucket; and the table is read anew in every call."""
+    model = zoo.build("mpnet", max_position_embeddings=330)
+    mask = torch.zeros(2, 320, dtype=torch.long, device=DEVICE)
+    mask[0], mask[1, :141] = 1, 1
+    call = {"input_ids": torch.randint(3, zoo.VOCAB, mask.shape, device=DEVICE)}
+    call["attention_mask"] = mask
+    call["input_ids"][mask == 0] = zoo.PAD
+    encoder_fast.patch(model)
+    outputs = []
+    for scale in (1, 30):
+        with torch.no_grad():
+            model.encoder.relative_attention_bias.weight.mul_(scale)
+        report = encoder_fast.check_parity(model, call)
+        assert report.ok, str(report)
+        with torch.inference_mode():
+            outputs.append(model(**call).last_hidden_state)
+    assert not torch.allclose(*outputs, atol=0.1)
+
+
+def test_mpnet_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(encoder_fast.UnsupportedModelError, match="relative_attention_num_buckets"):
+        encoder_fast.patch(zoo.build("mpnet", relative_attention_num_buckets=20))
+    model = zoo.build("mpnet")
+    monkeypatch.setattr(model.encoder, "compute_position_bias", lambda x: 0)
+    with pytest.raises(encoder_fast.UnsupportedModelError, match="compute_position_bias"):
+        encoder_fast.patch(model)
+    model = zoo.build("mpnet")
+    model.encoder.relative_attention_bias = torch.nn.Embedding(32, 5)
+    with pytest.raises(encoder_fast.UnsupportedModelError, match=r"3 attention heads.* for 5"):
+        encoder_fast.patch(model)
 
 
 def test_inputs_embeds_per_family() -> None:

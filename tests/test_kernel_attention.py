@@ -7,19 +7,24 @@ out by mistake shows.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from attention_oracle import (
+    DEVICE,
+    DTYPES,
+    HEAD_DIMS,
+    assert_as_good_as_eager,
+    cumulated,
+    name_of,
+    poisoned_empty,
+    random_qkv,
+)
 
 from encoder_fast.kernels import attention as kernel
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
-HEAD_DIMS = (16, 32, 64, 96, 128)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # One entry a launch configuration, each with lengths on and to either side of its tile edges and
 # with empty sequences at the front, inside and at the end.
@@ -33,62 +38,9 @@ LENGTHS = {
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-
-    def empty_of_nan(*size: object, **options: object) -> Tensor:
-        return empty(*size, **options).fill_(float("nan"))  # type: ignore[call-overload]
-
-    monkeypatch.setattr(kernel.torch, "empty", empty_of_nan)
-
-
-def name_of(value: object) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-def cumulated(lengths: tuple[int, ...]) -> Tensor:
-    ends = list(itertools.accumulate(lengths, initial=0))
-    return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-
-
-def random_qkv(total: int, tail: int, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """(total + tail, 3, H, D), NaN in the tail and in 64 rows to either side of the view."""
-    buffer = torch.full((64 + total + tail + 64, 3, heads, head_dim), float("nan"), dtype=dtype)
-    buffer[64 : 64 + total] = torch.randn(total, 3, heads, head_dim).to(dtype)
-    return buffer.to(DEVICE)[64 : 64 + total + tail]
-
-
-def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, dtype: torch.dtype
-) -> Tensor:
-    """Every sequence by itself, each step in `dtype`; zeros for the rows behind the last."""
-    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
-    for begin, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
-        b_q, b_k, b_v = (x[begin:end].to(dtype).transpose(0, 1) for x in (q, k, v))
-        weights = (b_q @ b_k.transpose(1, 2) * scale).softmax(-1)
-        out[begin:end] = (weights @ b_v).transpose(0, 1)
-    return out
-
-
-def assert_as_good_as_eager(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float | None = None
-) -> None:
-    scale = q.shape[2] ** -0.5 if scale is None else scale
-    out = kernel.attention(q, k, v, cumulated(lengths), max(lengths, default=0), scale)
-    assert out.shape == q.shape and out.dtype == q.dtype and out.is_contiguous()
-
-    reference = softmax_attention(q, k, v, lengths, scale, torch.float64)
-    eager = softmax_attention(q, k, v, lengths, scale, q.dtype).double()
-    largest = reference.abs().max().item() if reference.numel() else 0.0
-    _, exponent = torch.frexp(torch.tensor(largest))
-    rounding_step = torch.finfo(q.dtype).eps * 2.0 ** (exponent.item() - 1) if largest else 0.0
-    error = (out.double() - reference).abs()
-    bound = 2 * (eager - reference).abs().max().item() + rounding_step if largest else 0.0
-    # A NaN compares as false, so it fails here too.
-    assert bool((error <= bound).all()), f"error {error.max().item():.3e}, bound {bound:.3e}"
-
-    tail = out[sum(lengths) :]
-    assert torch.equal(tail, torch.zeros_like(tail))
+def poisoned_outputs() -> Iterator[None]:
+    with poisoned_empty():
+        yield
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids=lambda head_dim: f"D{head_dim}")
@@ -111,7 +63,7 @@ def test_every_dtype(head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_dim", (32, 128), ids=lambda head_dim: f"D{head_dim}")
 def test_cards_with_less_shared_memory(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # They pack shorter sequences into smaller tiles, and have smaller ones for wide heads.
-    monkeypatch.setattr(kernel, "_shared_memory", lambda device: 99 * 1024)
+    monkeypatch.setattr(kernel, "shared_memory", lambda device: 99 * 1024)
     for lengths in ((0, 15, 16, 1, 0, 16, 16), (17, 3, 32), LENGTHS["loop-64"], (400, 65)):
         q, k, v = random_qkv(sum(lengths), 5, 2, head_dim, torch.float16).unbind(1)
         assert_as_good_as_eager(q, k, v, lengths)

@@ -13,6 +13,7 @@ from encoder_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_sum
 from encoder_fast.ops.attention import attention, why_no_head_size
 from encoder_fast.ops.embed_layer_norm import embed_layer_norm
 from encoder_fast.ops.linear import linear, prepare_feed_forward, run_feed_forward
+from encoder_fast.ops.rotary import rotary, rotary_tables
 from encoder_fast.parity import compare
 
 BACKENDS = [
@@ -22,6 +23,8 @@ BACKENDS = [
 
 
 # attention in float32 has no CUDA kernel
+# The CUDA kernels have neither windows nor biases.
+WITH_OPTIONS = [name for name in BACKENDS if "cuda" not in name]
 WITH_DTYPES = [(name, dtype) for name in BACKENDS for dtype in DTYPES]
 ATTENTION = [(n, d) for n, d in WITH_DTYPES if not (n.startswith("cuda") and d == "fp32")]
 
@@ -85,6 +88,102 @@ def test_attention_scale(backend: str, dtype: str) -> None:
     check(output, eager.transpose(0, 1), exact.transpose(0, 1))
 
 
+# Windows of a query alone, within a sequence, and as wide as all; biases that end within a sequence
+# and beyond. The lengths lie on all of the CPU's ways, and beside its blocks of 128 queries.
+OPTIONS = {
+    "window-0": (0, None),
+    "window-20": (20, None),
+    "window-500": (500, None),
+    "bias-10": (None, 10),
+    "bias-300": (None, 300),
+}
+OPTION_LENGTHS = {
+    "mixed": [15, 0, 1, 63, 64, 65],
+    "equal-neighbours": [7, 7, 7, 3, 100, 100],
+    "long": [127, 128, 129, 257],
+}
+
+
+@pytest.mark.parametrize("lengths", OPTION_LENGTHS)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
+def test_attention_by_distance(backend: str, dtype: str, option: str, lengths: str) -> None:
+    window, reach = OPTIONS[option]
+    counts = OPTION_LENGTHS[lengths]
+    total = sum(counts)
+    qkv = torch.randn(total + 3, 3, 2, 16, dtype=DTYPES[dtype], device=DEVICE)
+    bias = None
+    if reach is not None:
+        bias = torch.randn(2, 2 * reach + 3, dtype=DTYPES[dtype], device=DEVICE)[:, 1:-1]
+    output = attention(
+        *qkv.unbind(1),
+        cumulative(counts),
+        max(counts),
+        window_size=window,
+        relative_bias=bias,
+        backend=backend,
+    )
+    assert (output[total:] == 0).all()
+    for rows in torch.arange(total).split(counts):
+        if len(rows):
+            eager, exact = (
+                distance_attention(qkv[rows].to(dtype), window, bias)
+                for dtype in (qkv.dtype, torch.float64)
+            )
+            check(output[rows], eager, exact)
+
+
+def distance_attention(
+    qkv: torch.Tensor, window: int | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    q, k, v = qkv.permute(1, 2, 0, 3)
+    scores = q @ k.transpose(1, 2) * 0.25
+    index = torch.arange(len(qkv), device=DEVICE)
+    distance = index - index[:, None]
+    if bias is not None:
+        reach = bias.shape[1] // 2
+        scores = scores + bias.to(qkv.dtype)[:, distance.clamp(-reach, reach) + reach]
+    if window is not None:
+        scores = scores.masked_fill(distance.abs() > window, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("backend", WITH_OPTIONS)
+def test_a_bias_in_float32_keeps_its_digits(backend: str, dtype: str) -> None:
+    # Rounded to the dtype of q first, these would differ by half and more.
+    qkv = torch.zeros(100, 3, 1, 16, dtype=DTYPES[dtype], device=DEVICE)
+    qkv[:, 2] = torch.randn(100, 1, 16)
+    bias = 1000 + torch.rand(1, 41, device=DEVICE)
+    output = attention(*qkv.unbind(1), cumulative([100]), 100, relative_bias=bias, backend=backend)
+    exact = distance_attention(qkv.double(), None, bias)
+    check(output, exact.to(qkv.dtype), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", [name for name in WITH_OPTIONS if name != "reference"])
+def test_a_window_costs_nothing_outside_of_it(backend: str, dtype: str) -> None:
+    # A NaN shows wherever it is looked at, be it behind a mask.
+    qkv = torch.randn(1000, 3, 1, 16, dtype=DTYPES[dtype], device=DEVICE)
+    qkv[:500, 1:] = float("nan")
+    qkv[900:, 1:] = float("nan")
+    output = attention(*qkv.unbind(1), cumulative([1000]), 1000, window_size=16, backend=backend)
+    # 16 for the window and 127 for a block of queries to either side.
+    assert output[500 + 143 : 900 - 143].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_long_window_on_the_cpu(dtype: str) -> None:
+    # More scores of a block than its cache holds: SDPA, over keys of which many are masked.
+    qkv = torch.randn(3000, 3, 4, 16, dtype=DTYPES[dtype])
+    output = attention(
+        *qkv.unbind(1), cumulative([3000]).cpu(), 3000, window_size=1300, backend="cpu"
+    )
+    eager, exact = (distance_attention(qkv.to(d), 1300, None) for d in (qkv.dtype, torch.float64))
+    check(output, eager, exact)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_add_layer_norm(backend: str, dtype: str) -> None:
@@ -139,6 +238,25 @@ def test_linear(backend: str, dtype: str, activation: str | None) -> None:
     check(output, act(F.linear(x, weight, bias)), exact)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rotary(backend: str, dtype: str) -> None:
+    def turned(qk: torch.Tensor) -> torch.Tensor:
+        wide = [torch.cat([t, t], dim=-1)[:, None, None].to(qk.dtype) for t in (cos, sin)]
+        first, second = qk.chunk(2, dim=-1)
+        return qk * wide[0] + torch.cat([-second, first], dim=-1) * wide[1]
+
+    frequencies = 1e4 ** -(torch.arange(0, 32, 2, device=DEVICE) / 32)
+    # more tokens than the CPU backend turns at a time in half precision
+    cos, sin = rotary_tables(torch.arange(70, device=DEVICE), frequencies)
+    qkv = torch.randn(70, 3, 2, 32, device=DEVICE).to(DTYPES[dtype])
+    before = qkv.clone()
+    assert rotary(qkv, cos, sin, backend=backend) is qkv
+    assert torch.equal(qkv[:, 2], before[:, 2])
+    check(qkv[:, :2], turned(before[:, :2]), turned(before[:, :2].double()))
+    assert rotary(qkv[:0], cos[:0], sin[:0], backend=backend).shape == (0, 3, 2, 32)
+
+
 # 516 inner features are the least of these that the CPU backend cuts into slices.
 @pytest.mark.parametrize("inner", [24, 516])
 @pytest.mark.parametrize("gated", [False, True])
@@ -165,7 +283,10 @@ def test_feed_forward(backend: str, dtype: str, gated: bool, inner: int) -> None
 
 Q = torch.zeros(4, 2, 16)
 CU = torch.tensor([0, 4], dtype=torch.int32)
+QKV = torch.zeros(4, 3, 2, 16)
+COS = torch.zeros(4, 8)
 X = torch.zeros(3, 8)
+BIAS = torch.zeros(2, 5)
 IDS = torch.zeros(3, dtype=torch.long)
 
 
@@ -180,6 +301,16 @@ IDS = torch.zeros(3, dtype=torch.long)
         (lambda: attention(Q, Q, Q, CU, -1), "max_seqlen must not be negative, got -1"),
         (lambda: attention(*[Q.transpose(1, 2)] * 3, CU, 4), "last stride must be 1"),
         (lambda: attention(Q, Q, Q, CU, 4, softmax_scale=0.0), "softmax_scale must be positive"),
+        (lambda: attention(Q, Q, Q, CU, 4, window_size=-1), "window_size must be .* 0, got -1"),
+        (lambda: attention(Q, Q, Q, CU, 4, relative_bias=X), r"H = 2, got \(3, 8\)"),
+        (lambda: attention(Q, Q, Q, CU, 4, relative_bias=X[:2]), r"2 \* R \+ 1\).*\(2, 8\)"),
+        (lambda: attention(Q, Q, Q, CU, 4, relative_bias=BIAS.half()), "float32 or .*float16"),
+        (lambda: attention(Q, Q, Q, CU, 4, relative_bias=X.t()[:2]), "relative_bias's last stride"),
+        (lambda: attention(Q, Q, Q, CU, 4, relative_bias=BIAS.to("meta")), "is on meta, q on cpu"),
+        (
+            lambda: attention(Q, Q, Q, CU, 4, window_size=2, relative_bias=BIAS),
+            "window_size=None, got window_size=2",
+        ),
         (lambda: attention(Q, Q, Q, CU, 4, backend="tpu"), "'auto' or one of .*'tpu'"),
         (lambda: attention(*[Q.double()] * 3, CU, 4, backend="cpu"), "'cpu' runs .*float64"),
         (lambda: add_layer_norm(X[0]), r"\(M, N\)"),
@@ -191,6 +322,11 @@ IDS = torch.zeros(3, dtype=torch.long)
         (lambda: embed_layer_norm(IDS.float(), X), "input_ids must be int64 or int32"),
         (lambda: embed_layer_norm(IDS.repeat(2)[::2], X), "input_ids must be contiguous"),
         (lambda: embed_layer_norm(IDS, X, IDS, X[:, :4]), r"position must be \(rows, 8\)"),
+        (lambda: rotary(QKV[:, :2], COS, COS), r"\(total, 3, H, D\).*\(4, 2, 2, 16\)"),
+        (lambda: rotary(QKV.transpose(0, 2), COS, COS), "qkv must be contiguous"),
+        (lambda: rotary(QKV, COS, COS[:3]), r"sin must be .*\(4, 8\), got .*\(3, 8\)"),
+        (lambda: rotary(QKV, COS.half(), COS), r"cos must be .*float32.* got torch.float16"),
+        (lambda: rotary(QKV.double(), COS, COS, backend="cpu"), "'cpu' runs .*float64"),
         (lambda: linear(X, X.t()), r"don't fit: \(3, 8\), \(8, 3\)"),
         (lambda: linear(X, X, X[0]), r"bias must be .*\(3,\), got \(8,\)"),
         (lambda: linear(X, X, torch.zeros(6)[::2]), "bias must be contiguous"),
@@ -219,13 +355,19 @@ def test_an_id_out_of_range_raises_on_the_cpu() -> None:
 def test_no_gradient_is_lost_in_silence() -> None:
     with pytest.raises(RuntimeError, match="attention is for inference"):
         attention(Q.clone().requires_grad_(), Q, Q, CU, 4)
+    with pytest.raises(RuntimeError, match="attention is for inference"):
+        attention(Q, Q, Q, CU, 4, relative_bias=BIAS.clone().requires_grad_())
     with torch.no_grad():
         attention(Q.clone().requires_grad_(), Q, Q, CU, 4)
 
 
 def all_ops(x: torch.Tensor, ids: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
     q = x.view(-1, 1, 16)
+    angles = x[:, :8].contiguous()
+    q = rotary(torch.stack([q, q, q], dim=1), angles, angles)[:, 0]
     y = attention(q, q, q, cu, 4).flatten(1)
+    y = y + attention(q, q, q, cu, 4, window_size=1).flatten(1)
+    y = y + attention(q, q, q, cu, 4, relative_bias=x[:1, :3]).flatten(1)
     y, total = add_layer_norm_sum(linear(y, x[:16], activation="gelu"), y)
     y = add_layer_norm(y, total)
     return y + embed_layer_norm(ids, x)
@@ -239,7 +381,7 @@ def test_torch_compile_sees_no_graph_break() -> None:
     torch.testing.assert_close(compiled(x, ids, cu), all_ops(x, ids, cu))
 
 
-OPS = ["attention", "add_layer_norm", "add_layer_norm_sum", "embed_layer_norm", "linear"]
+OPS = ["attention", "add_layer_norm", "add_layer_norm_sum", "embed_layer_norm", "linear", "rotary"]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -248,11 +390,17 @@ def test_registration(name: str) -> None:
     q, ids = x.view(4, 1, 16), torch.arange(4, device=DEVICE)
     backend = "triton" if DEVICE == "cuda" else "cpu"
     arguments = {
-        "attention": (q, q, q, cumulative([3, 1]), 3, 0.25, backend),
+        "attention": (q, q, q, cumulative([3, 1]), 3, 0.25, 1, None, backend),
         "add_layer_norm": (x, None, None, None, 1e-5, None, backend),
         "add_layer_norm_sum": (x, x, None, None, 1e-5, None, backend),
         "embed_layer_norm": (ids, None, None, x, None, None, None, None, 1e-5, backend),
         "linear": (x, x, None, "gelu", backend),
+        "rotary": (
+            torch.randn(4, 3, 1, 16, device=DEVICE),
+            x[:, :8].clone(),
+            x[:, 8:].clone(),
+            backend,
+        ),
     }[name]
     operator = getattr(torch.ops.encoder_fast, name).default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -264,7 +264,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         assert {name for name in names if name.startswith("encoder_fast/")} == set(expected)
         for name, path in expected.items():
             assert archive.read(name) == path.read_bytes(), name
-    assert {"encoder_fast/py.typed", "encoder_fast/kernels/attention.py"} <= names
+    kernels = {f"encoder_fast/kernels/{name}" for name in ("attention.py", "launch_table.json")}
+    assert {"encoder_fast/py.typed", *kernels} <= names
 
 
 @pytest.mark.slow
@@ -323,6 +324,21 @@ for name in {names}:
 def test_installed_command_runs(installed: Path, tmp_path: Path) -> None:
     output = succeed(run([installed / "bin/encoder-fast", "info"], tmp_path))
     assert encoder_fast.__version__ in output
+
+
+@pytest.mark.slow
+def test_installed_command_embeds(installed: Path, tmp_path: Path) -> None:
+    """A command that loads a model, in a folder where the tree is not in sight."""
+    pytest.importorskip("transformers")
+    from cli_runs import tiny_model
+
+    model = tiny_model(tmp_path / "model")
+    (tmp_path / "lines.txt").write_text("a b\nc\n")
+    command = [installed / "bin/encoder-fast", "embed", "lines.txt", "-m", model, "-o", "out.npy"]
+    succeed(run(command, tmp_path))
+    assert (tmp_path / "out.npy").stat().st_size == 128 + 2 * 48 * 4
+    result = run([*command[:-1], "no/out.npy"], tmp_path)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ FAMILIES = {
     "bert": ("BertConfig", _BERT_SIZES, "Bert", (*_TOKEN_AND_TEXT, "ForPreTraining")),
     "roberta": ("RobertaConfig", _ROBERTA, "Roberta", _TOKEN_AND_TEXT),
     "xlm_roberta": ("XLMRobertaConfig", _ROBERTA, "XLMRoberta", _TOKEN_AND_TEXT),
+    "xlm_roberta_xl": ("XLMRobertaXLConfig", _ROBERTA, "XLMRobertaXL", _TOKEN_AND_TEXT),
     "camembert": ("CamembertConfig", _ROBERTA, "Camembert", _TOKEN_AND_TEXT),
     "distilbert": (
         "DistilBertConfig",
@@ -51,13 +52,71 @@ FAMILIES = {
         "Electra",
         (*_TOKEN_AND_TEXT, "ForPreTraining"),
     ),
+    "modernbert": (
+        "ModernBertConfig",
+        {
+            **_ROBERTA,
+            "cls_token_id": 0,
+            "sep_token_id": 2,
+            "num_hidden_layers": 4,
+            "global_attn_every_n_layers": 3,  # layers 0 and 3 see everything
+            "local_attention": 8,  # so that the window is far shorter than the sequences
+            "max_position_embeddings": 64,
+            "norm_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        "ModernBert",
+        _TOKEN_AND_TEXT,
+    ),
+    "mpnet": ("MPNetConfig", _ROBERTA, "MPNet", _TOKEN_AND_TEXT),
     "albert": (
         "AlbertConfig",
         {**_BERT_SIZES, "embedding_size": 24, "num_hidden_layers": 3, "num_hidden_groups": 2},
         "Albert",
         (*_TOKEN_AND_TEXT, "ForPreTraining"),
     ),
+    # as the published ones: no absolute positions, spans shorter than the sequences of the tests
+    "deberta": (
+        "DebertaConfig",
+        {
+            **_BERT_SIZES,
+            "relative_attention": True,
+            "max_relative_positions": 12,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+        "Deberta",
+        [head for head in _TOKEN_AND_TEXT if head != "ForMultipleChoice"],
+    ),
+    "deberta_v2": (
+        "DebertaV2Config",
+        {
+            **_BERT_SIZES,
+            "relative_attention": True,
+            "position_buckets": 8,
+            "pos_att_type": ["c2p", "p2c"],
+            "share_att_key": True,
+            "norm_rel_ebd": "layer_norm",
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+        "DebertaV2",
+        _TOKEN_AND_TEXT,
+    ),
 }
+
+DEBERTAS = ("deberta", "deberta_v2")
+
+# Their positions go by the ids.
+ROBERTAS = ("roberta", "xlm_roberta", "xlm_roberta_xl", "camembert", "mpnet")
+
+# Their attention goes by the distance of columns, which packing shortens where a mask has holes.
+BY_DISTANCE = ("modernbert", "mpnet", *DEBERTAS)
+
+# They have no table of positions that could end.
+WITHOUT_LIMIT = ("modernbert", *DEBERTAS)
 
 CASES = [(family, head) for family, (*_, heads) in FAMILIES.items() for head in heads]
 
@@ -79,6 +138,8 @@ def build(family: str, head: str = "Model", seed: int = 0, **changes: object) ->
 
 def has_pooled_output(family: str, head: str) -> bool:
     """Whether the model reads column 0, so that left padding runs the original forward."""
+    if (family, head) == ("modernbert", "ForMultipleChoice"):
+        return False  # it looks for the first real token
     if head in ("ForSequenceClassification", "ForMultipleChoice"):
         return True
     if head == "ForPreTraining":

@@ -14,14 +14,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoder_fast.backends.cpu_attention import attention
+from encoder_fast.backends.cpu_disentangled import disentangled_attention
 from encoder_fast.backends.linears import (
     Activation,
-    FeedForwardSlice,
     PreparedFeedForward,
     PreparedLinear,
     activate,
+    inner_features,
     stack_linears,
 )
+
+__all__ = [
+    "add_layer_norm",
+    "add_layer_norm_sum",
+    "attention",
+    "disentangled_attention",
+    "embed_layer_norm",
+    "feed_forward_prepared",
+    "linear",
+    "linear_prepared",
+    "pool",
+    "prepare_feed_forward",
+    "prepare_linear",
+    "rotary",
+]
 
 HEAD_SIZES: frozenset[int] | None = None
 MAX_WIDTH: int | None = None
@@ -31,15 +48,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Its ReLU is left out: it turns NaN into 0, which hides what the original would show.
 _EPILOGUES = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
-# The flash kernel multiplies in blocks of 32 or 64 queries. At these lengths one sequence's scores
-# fit the cache (3.5 MB for 12 heads), and GEMMs over all of them took 0.5 to 1.0 times as long.
-_CACHED_SCORES = {torch.float32: range(64, 129), torch.bfloat16: range(96, 385)}
-
 # oneDNN sums the products of a float32 dot in blocks of 512 and more, PyTorch's own GEMM in blocks
 # of 192: over 3072 of them the error is 2.2 times as large, and the feed-forward's output, the
 # longest dot of a layer, makes most of a model's error. In slices of at most 768 (and no less than
 # two) it is 1.5 times as large, and the feed-forward took 4% less to 6% more time.
 _SLICE, _SLICE_FROM = 768, 512
+
+# In half precision queries and keys are turned in float32, as many tokens at a time as leave the
+# wider copy in the cache.
+_ROTARY_TOKENS = 64
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
@@ -51,47 +68,6 @@ def has_onednn(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return dtype == torch.float32
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
-) -> Tensor:
-    total, num_heads, head_size = q.shape
-    out = q.new_empty(total, num_heads, head_size)
-    bounds = cu_seqlens.tolist()
-    batch_size = len(bounds) - 1
-    first = 0
-    while first < batch_size:
-        length = bounds[first + 1] - bounds[first]
-        last = first + 1
-        while last < batch_size and bounds[last + 1] - bounds[last] == length:
-            last += 1
-        # Several sequences of one length are better off in one float32 call of the flash kernel.
-        alone = last - first == 1 or q.dtype != torch.float32
-        if alone and length in _CACHED_SCORES.get(q.dtype, ()):
-            for start in bounds[first:last]:
-                rows = slice(start, start + length)
-                _attend_in_cache(q[rows], k[rows], v[rows], softmax_scale, out[rows])
-        elif length:
-            rows = slice(bounds[first], bounds[last])
-            shape = (last - first, length, num_heads, head_size)
-            queries, keys, values = (x[rows].view(shape).transpose(1, 2) for x in (q, k, v))
-            context = F.scaled_dot_product_attention(queries, keys, values, scale=softmax_scale)
-            out[rows].view(shape).copy_(context.transpose(1, 2))
-        first = last
-    # a bucketed batch may carry tokens that belong to no sequence
-    if bounds[-1] < total:
-        out[bounds[-1] :].zero_()
-    return out
-
-
-def _attend_in_cache(q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor) -> None:
-    """One sequence, ``(length, H, D)``, by whole GEMMs over scores that stay in the cache."""
-    length, num_heads, _ = q.shape
-    scores = q.new_empty(num_heads, length, length)
-    torch.baddbmm(scores, q.transpose(0, 1), k.permute(1, 2, 0), beta=0, alpha=scale, out=scores)
-    torch.softmax(scores, dim=-1, out=scores)
-    out.copy_(torch.bmm(scores, v.transpose(0, 1)).transpose(0, 1))
 
 
 def add_layer_norm(
@@ -185,27 +161,25 @@ def prepare_feed_forward(
     elementwise: bool,
     gated: bool,
 ) -> PreparedFeedForward:
-    w_in, w_out = w_in.detach(), w_out.detach()
-    b_in = None if b_in is None else b_in.detach()
-    b_out = None if b_out is None else b_out.detach()
     inner = w_out.shape[1]
     size = inner
     exact_sum_wanted = w_in.dtype == torch.float32 and has_onednn(torch.float32)
     if elementwise and exact_sum_wanted and inner >= _SLICE_FROM:
         count = max(2, -(-inner // _SLICE))
         size = -(-inner // count)
-
-    def rows(start: int, stop: int) -> PreparedLinear:
-        return _reorder(w_in[start:stop], None if b_in is None else b_in[start:stop])
-
+    # of a gated block, the rows of a slice's features and those of their gates
+    offsets = (0, inner) if gated else (0,)
     slices = []
     for start in range(0, inner, size):
         stop = min(start + size, inner)
+        rows = [slice(offset + start, offset + stop) for offset in offsets]
         slices.append(
-            FeedForwardSlice(
-                rows(start, stop),
-                _reorder(w_out[:, start:stop], None if start else b_out),
-                rows(inner + start, inner + stop) if gated else None,
+            (
+                prepare_linear(
+                    [w_in[part] for part in rows],
+                    [None if b_in is None else b_in[part] for part in rows],
+                ),
+                prepare_linear([w_out[:, start:stop]], [None if start else b_out]),
             )
         )
     return PreparedFeedForward(tuple(slices), gated)
@@ -214,24 +188,13 @@ def prepare_feed_forward(
 def feed_forward_prepared(
     x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
 ) -> Tensor:
-    first, *others = prepared.slices
-    y = linear_prepared(_inner(x, first, activation), first.w_out, None)
-    for part in others:
-        inner = _inner(x, part, activation)
-        y = torch.ops.mkldnn._linear_pointwise.binary(inner, y, part.w_out.weight, None, "add")
+    (w_in, w_out), *others = prepared.slices
+    inner = inner_features(x, w_in, activation, prepared.gated, linear_prepared)
+    y = linear_prepared(inner, w_out, None)
+    for w_in, w_out in others:
+        inner = inner_features(x, w_in, activation, prepared.gated, linear_prepared)
+        y = torch.ops.mkldnn._linear_pointwise.binary(inner, y, w_out.weight, None, "add")
     return y
-
-
-def _inner(x: Tensor, part: FeedForwardSlice, activation: Activation | None) -> Tensor:
-    features = linear_prepared(x, part.w_in, activation)
-    if part.gate is None:
-        return features
-    if part.gate.fused and x.dtype == part.gate.dtype:
-        # multiplied in the GEMM's epilogue
-        return torch.ops.mkldnn._linear_pointwise.binary(
-            x, features, part.gate.weight, part.gate.bias, "mul"
-        )
-    return features * linear_prepared(x, part.gate, None)
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
@@ -248,3 +211,22 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
         else:
             out[row] = x[start:stop].amax(dim=0)
     return out
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    qk = qkv[:, :2]
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    if qkv.dtype == torch.float32:
+        _turn(qk, cos, sin)
+        return
+    for part in zip(*(x.split(_ROTARY_TOKENS) for x in (qk, cos, sin)), strict=True):
+        wide = part[0].float()
+        _turn(wide, part[1], part[2])
+        part[0].copy_(wide)
+
+
+def _turn(qk: Tensor, cos: Tensor, sin: Tensor) -> None:
+    first, second = qk.chunk(2, dim=-1)
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(crossed)

@@ -11,6 +11,7 @@ from encoder_fast.backends.cuda_kernels import (
     DTYPES,
     DTYPES_OF_OP,
     HEAD_SIZES,
+    LACKING,
     MAX_WIDTH,
     CudaKernels,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "DTYPES",
     "DTYPES_OF_OP",
     "HEAD_SIZES",
+    "LACKING",
     "MAX_WIDTH",
     "add_layer_norm",
     "add_layer_norm_sum",

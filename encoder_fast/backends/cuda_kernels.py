@@ -26,6 +26,9 @@ DTYPES_OF_OP = dict.fromkeys(
     (torch.float32, *DTYPES),
 )
 
+# What an encoder may need and these kernels don't have, in the words of EncoderSpec.needs.
+LACKING = frozenset({"rotary", "disentangled_attention", "window_size", "relative_bias"})
+
 # The numbers that csrc/dtype.h gives them.
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -135,7 +138,14 @@ class CudaKernels:
         cu_seqlens: Tensor,
         max_seqlen: int,
         softmax_scale: float,
+        window_size: int | None = None,
+        relative_bias: Tensor | None = None,
     ) -> Tensor:
+        if window_size is not None and window_size + 1 >= max_seqlen:
+            window_size = None  # every sequence lies within it
+        for name, value in (("window_size", window_size), ("relative_bias", relative_bias)):
+            if value is not None:
+                raise ValueError(f"backend 'cuda' attends without {name}; backend 'triton' has it")
         total, heads, head_size = q.shape
         if total > _INT32_MAX:
             raise ValueError(f"backend 'cuda' attends over 2**31 - 1 tokens at most, got {total}")
@@ -197,9 +207,8 @@ class CudaKernels:
     ) -> Tensor:
         if prepared.gated:
             return linears.feed_forward_prepared(x, prepared, activation)
-        (whole,) = prepared.slices
-        inner = self.linear_prepared(x, whole.w_in, activation)
-        return self.linear_prepared(inner, whole.w_out, None)
+        ((w_in, w_out),) = prepared.slices
+        return self.linear_prepared(self.linear_prepared(x, w_in, activation), w_out, None)
 
     def _call(self, function: str, *arguments: int | float) -> None:
         try:

@@ -42,18 +42,7 @@ class PreparedLinear:
     fused: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class FeedForwardSlice:
-    """The linears of some of the inner features of a feed-forward block.
-
-    Attributes:
-        gate: of a gated block, where it is kept apart; else ``w_in`` gives the features and then
-            their gates.
-    """
-
-    w_in: PreparedLinear
-    w_out: PreparedLinear
-    gate: PreparedLinear | None = None
+Linear = Callable[[Tensor, PreparedLinear, Activation | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +50,12 @@ class PreparedFeedForward:
     """``W_out · activation(W_in · x + b_in) + b_out`` as a sum over slices of the inner features.
 
     Attributes:
-        slices: ``b_out`` is with the first.
-        gated: the activated features are multiplied with their gates ahead of ``W_out``.
+        slices: the two linears of each slice; ``b_out`` is with the first.
+        gated: the first linear gives the slice's features and then a gate for each, which the
+            activated features are multiplied with.
     """
 
-    slices: tuple[FeedForwardSlice, ...]
+    slices: tuple[tuple[PreparedLinear, PreparedLinear], ...]
     gated: bool = False
 
 
@@ -105,9 +95,13 @@ def linear_prepared(x: Tensor, prepared: PreparedLinear, activation: Activation 
     return activate(F.linear(x, prepared.weight, prepared.bias), activation)
 
 
-def activate_and_gate(x: Tensor, activation: Activation | None) -> Tensor:
-    """``activation(features) * gate`` of the two halves of the columns."""
-    features, gate = x.chunk(2, dim=-1)
+def inner_features(
+    x: Tensor, w_in: PreparedLinear, activation: Activation | None, gated: bool, run: Linear
+) -> Tensor:
+    """What goes into the second linear of a feed-forward block; ``run`` computes the first."""
+    if not gated:
+        return run(x, w_in, activation)
+    features, gate = run(x, w_in, None).chunk(2, dim=-1)
     return activate(features, activation) * gate
 
 
@@ -119,16 +113,13 @@ def prepare_feed_forward(
     elementwise: bool,
     gated: bool,
 ) -> PreparedFeedForward:
-    whole = FeedForwardSlice(prepare_linear([w_in], [b_in]), prepare_linear([w_out], [b_out]))
-    return PreparedFeedForward((whole,), gated)
+    both = prepare_linear([w_in], [b_in]), prepare_linear([w_out], [b_out])
+    return PreparedFeedForward((both,), gated)
 
 
 def feed_forward_prepared(
     x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
 ) -> Tensor:
-    (whole,) = prepared.slices
-    if prepared.gated:
-        inner = activate_and_gate(linear_prepared(x, whole.w_in, None), activation)
-    else:
-        inner = linear_prepared(x, whole.w_in, activation)
-    return linear_prepared(inner, whole.w_out, None)
+    ((w_in, w_out),) = prepared.slices
+    inner = inner_features(x, w_in, activation, prepared.gated, linear_prepared)
+    return linear_prepared(inner, w_out, None)

@@ -16,20 +16,33 @@ HEAD_SIZES = _TRITON.HEAD_SIZES
 MAX_WIDTH = _TRITON.MAX_WIDTH
 DTYPES = _TRITON.DTYPES
 
+disentangled_attention = _TRITON.disentangled_attention
 feed_forward_prepared = _TRITON.feed_forward_prepared
 linear = _TRITON.linear
 linear_prepared = _TRITON.linear_prepared
 pool = _TRITON.pool
 prepare_feed_forward = _TRITON.prepare_feed_forward
 prepare_linear = _TRITON.prepare_linear
+rotary = _TRITON.rotary
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None = None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
-    shape = measurements.attention_class(q.shape[2], max_seqlen)
-    name = measurements.winner("attention", q.device, q.dtype, shape)
-    return load(name).attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+    name = "triton"
+    if window_size is None and relative_bias is None:
+        shape = measurements.attention_class(q.shape[2], max_seqlen)
+        name = measurements.winner("attention", q.device, q.dtype, shape)
+    return load(name).attention(
+        q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size, relative_bias
+    )
 
 
 def add_layer_norm(

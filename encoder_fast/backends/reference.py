@@ -24,6 +24,7 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
@@ -31,6 +32,7 @@ __all__ = [
     "pool",
     "prepare_feed_forward",
     "prepare_linear",
+    "rotary",
 ]
 
 HEAD_SIZES: frozenset[int] | None = None
@@ -43,12 +45,56 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None = None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     bounds = cu_seqlens.tolist()
     for start, stop in pairwise(bounds):
         scores = torch.einsum("qhd,khd->hqk", _wide(q[start:stop]), _wide(k[start:stop]))
+        scores *= softmax_scale
+        index = torch.arange(stop - start, device=q.device)
+        distance = index - index.unsqueeze(1)
+        if relative_bias is not None:
+            reach = relative_bias.shape[1] // 2
+            scores += _wide(relative_bias)[:, distance.clamp(-reach, reach) + reach]
+        if window_size is not None:
+            scores.masked_fill_(distance.abs() > window_size, float("-inf"))
+        weights = torch.softmax(scores, dim=-1)
+        context = torch.einsum("hqk,khd->qhd", weights, _wide(v[start:stop]))
+        out[start:stop] = context.to(q.dtype)
+    return out
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    row_of_distance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> Tensor:
+    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    reach = row_of_distance.shape[0] // 2
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        places = torch.arange(stop - start, device=q.device)
+        distance = places[:, None] - places[None, :]
+        rows = row_of_distance[distance.clamp(-reach, reach) + reach].long()
+        queries, keys = _wide(q[start:stop]), _wide(k[start:stop])
+        scores = torch.einsum("qhd,khd->hqk", queries, keys)
+        if pos_key is not None:
+            scores += torch.einsum("qhd,qkhd->hqk", queries, _wide(pos_key)[rows])
+        if pos_query is not None:
+            scores += torch.einsum("khd,qkhd->hqk", keys, _wide(pos_query)[rows])
         weights = torch.softmax(scores * softmax_scale, dim=-1)
         context = torch.einsum("hqk,khd->qhd", weights, _wide(v[start:stop]))
         out[start:stop] = context.to(q.dtype)
@@ -125,3 +171,10 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
         else:
             out[row] = tokens.amax(dim=0)
     return out
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    first, second = _wide(qkv[:, :2]).chunk(2, dim=-1)
+    cos, sin = (table[:, None, None].to(first.dtype) for table in (cos, sin))
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    qkv[:, :2] = turned.to(qkv.dtype)

@@ -18,12 +18,16 @@ from encoder_fast.backends.linears import (
 from encoder_fast.backends.pooling import pool
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
+from encoder_fast.kernels import disentangled_attention as disentangled_attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
+from encoder_fast.kernels import local_attention as local_attention_kernel
+from encoder_fast.kernels import rotary as rotary_kernel
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
@@ -31,6 +35,7 @@ __all__ = [
     "pool",
     "prepare_feed_forward",
     "prepare_linear",
+    "rotary",
 ]
 
 HEAD_SIZES: frozenset[int] | None = frozenset({16, 32, 64, 96, 128})
@@ -39,9 +44,37 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None = None,
+    relative_bias: Tensor | None = None,
 ) -> Tensor:
-    return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+    # Where every sequence lies within the window, there is none.
+    if window_size is not None and window_size + 1 < max_seqlen:
+        return local_attention_kernel.local_attention(
+            q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size
+        )
+    return attention_kernel.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale, relative_bias)
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    row_of_distance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> Tensor:
+    return disentangled_attention_kernel.disentangled_attention(
+        q, k, v, pos_key, pos_query, row_of_distance, cu_seqlens, max_seqlen, softmax_scale
+    )
 
 
 def add_layer_norm(
@@ -84,3 +117,7 @@ def embed_layer_norm(
     return embed_layer_norm_kernel.embed_layer_norm(
         input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps
     )
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    rotary_kernel.rotary(qkv, cos, sin)

@@ -5,15 +5,22 @@ A command imports PyTorch and transformers when it runs, so that ``--help`` answ
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 import encoder_fast
+from encoder_fast.cli.bench import bench
+from encoder_fast.cli.classify import classify
 from encoder_fast.cli.demo import demo
-from encoder_fast.cli.errors import UserError
+from encoder_fast.cli.embed import embed
+from encoder_fast.cli.errors import INTERRUPTED, UserError
 from encoder_fast.cli.info import info
+from encoder_fast.cli.parity import parity
+from encoder_fast.cli.tag import tag
 
 # Plain help: click's own layout keeps the examples' line breaks.
 app = typer.Typer(
@@ -24,8 +31,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo)
-app.command()(info)
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Ctrl-C as one line and the status that a shell gives it."""
+
+    @functools.wraps(command)
+    def run(*arguments: object, **options: object) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            raise UserError("interrupted", INTERRUPTED) from None
+
+    return run
+
+
+for _command in (demo, info, embed, classify, tag, parity, bench):
+    app.command()(_interruptible(_command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -50,6 +72,11 @@ def _common(
       encoder-fast demo                        parity, speed and a search, on a real model
       encoder-fast demo --model ./my-bert      the same on a BERT of yours
       encoder-fast info                        what is installed here, and what runs
+      encoder-fast embed lines.txt -m ./my-model -o vectors.npy
+      encoder-fast classify tickets.csv --column body -m ./my-classifier -o labels.csv
+      encoder-fast tag news.jsonl -m ./my-tagger -o entities.jsonl
+      encoder-fast parity ./my-model           the same numbers, layer by layer
+      encoder-fast bench ./my-model            how much faster it is on this machine
     """
 
 
@@ -63,5 +90,5 @@ def main() -> None:
         encoder_fast.BackendUnavailableError,
         encoder_fast.FallbackError,
     ) as error:
-        print(f"encoder-fast: {error}", file=sys.stderr)
-        sys.exit(1)
+        print(f"encoder-fast: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.status if isinstance(error, UserError) else 1)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from encoder_fast.cli.errors import UserError
+from encoder_fast.cli.tables import heading, show_batch, table
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from encoder_fast.cli.demo_run import Answer, BatchResult, Demo, DemoResult, Place
+    from encoder_fast.cli.demo_run import Answer, Demo, DemoResult, Place
     from encoder_fast.parity import ParityReport
 
 
@@ -81,10 +81,10 @@ def show(running: Demo, console: Console) -> DemoResult:
         parity = running.parity()
     _show_parity(parity, console)
     batches = []
-    _heading(console, "Speed")
+    heading(console, "Speed")
     with console.status("measuring"):
         for batch in running.throughput():
-            _show_batch(batch, console)
+            show_batch(batch, console)
             batches.append(batch)
     console.print(
         "All run in turn, twice each, and the second call counts; 1.00x is "
@@ -97,28 +97,11 @@ def show(running: Demo, console: Console) -> DemoResult:
     return DemoResult(place, parity, tuple(batches), answers)
 
 
-def _heading(console: Console, text: str) -> None:
-    console.print()
-    console.rule(f"[bold]{text}[/]", align="left", style="dim")
-
-
-def _table(*headers: str) -> Table:
-    """A table of figures; a column of text is headed by a name that begins with a capital."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for header in headers:
-        justify: Literal["left", "right"] = "left" if header[:1].isupper() else "right"
-        table.add_column(header, justify=justify, no_wrap=True)
-    return table
-
-
 def _show_place(place: Place, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    _heading(console, "Where it runs")
+    heading(console, "Where it runs")
     versions = ", ".join(f"{name} {number}" for name, number in place.info.versions.items())
     grid = Table.grid(padding=(0, 2))
     grid.add_row("model", escape(place.model))
@@ -133,17 +116,17 @@ def _show_place(place: Place, console: Console) -> None:
 
 
 def _show_parity(reports: tuple[ParityReport, ...], console: Console) -> None:
-    _heading(console, "Same numbers")
+    heading(console, "Same numbers")
     console.print(
         "How far the last hidden state is from that of the same model in float64, at the worst "
         "token. The ratio is the patched model's error in units of the original's own; allowed "
         "are 2 and one rounding step. The last figure is the worst ratio of all outputs, each "
         "layer's included."
     )
-    table = _table("Dtype", "original", "patched", "ratio", "worst", "Verdict")
+    rows = table("Dtype", "original", "patched", "ratio", "worst", "Verdict")
     for report in reports:
         last = next(row for row in report.rows if row.name == "last_hidden_state")
-        table.add_row(
+        rows.add_row(
             str(report.dtype).removeprefix("torch."),
             f"{last.original_error:.1e}",
             f"{last.error:.1e}",
@@ -151,7 +134,7 @@ def _show_parity(reports: tuple[ParityReport, ...], console: Console) -> None:
             f"{report.worst_ratio:.2f}",
             _verdict(report),
         )
-    console.print(table)
+    console.print(rows)
 
 
 def _verdict(report: ParityReport) -> str:
@@ -162,31 +145,10 @@ def _verdict(report: ParityReport) -> str:
     return "[green]within the rule[/]"
 
 
-def _show_batch(batch: BatchResult, console: Console) -> None:
-    shortest, longest = min(batch.lengths), max(batch.lengths)
-    tokens = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
-    rounds = len(batch.timings[0].seconds)
-    console.print(
-        f"[bold]{batch.name}[/]: {len(batch.lengths)} texts of {tokens} tokens, "
-        f"{batch.padding:.0%} padding, median of {rounds} rounds"
-    )
-    table = _table("Model", "ms", "spread", "real tokens/s", "speed-up")
-    for timing in batch.timings:
-        table.add_row(
-            timing.label,
-            f"{timing.median * 1e3:,.1f}",
-            f"{timing.spread:.0%}",
-            f"{batch.tokens / timing.median:,.0f}",
-            f"{batch.speedup(timing):.2f}x",
-            style="bold green" if timing.label.startswith("encoder_fast") else None,
-        )
-    console.print(table)
-
-
 def _show_answers(answers: tuple[Answer, ...], console: Console) -> None:
     from rich.text import Text
 
-    _heading(console, "A semantic search by the patched model")
+    heading(console, "A semantic search by the patched model")
     for answer in answers:
         console.print(Text(answer.query, style="bold"))
         for i, (score, passage) in enumerate(answer.hits):

@@ -24,7 +24,7 @@ def write_record(path: Path, result: DemoResult) -> None:
     place = result.place
     record: dict[str, Any] = {
         "command": _command(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": place.processor,
         "threads": place.info.cpu,
@@ -61,7 +61,7 @@ def _command() -> str:
     return shlex.join(words)
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the tree that the package runs from, with a mark where it was changed."""
     here = Path(__file__).parent
     try:

@@ -9,7 +9,18 @@ from __future__ import annotations
 from torch import nn
 
 from encoder_fast.errors import UnsupportedModelError
-from encoder_fast.families import albert, bert, distilbert, electra, roberta
+from encoder_fast.families import (
+    albert,
+    bert,
+    deberta,
+    deberta_v2,
+    distilbert,
+    electra,
+    modernbert,
+    mpnet,
+    roberta,
+    xlm_roberta_xl,
+)
 from encoder_fast.families.family import Family
 
 __all__ = ["FAMILIES", "Family", "find_family", "supported_classes", "unsupported"]
@@ -17,9 +28,14 @@ __all__ = ["FAMILIES", "Family", "find_family", "supported_classes", "unsupporte
 FAMILIES: tuple[Family, ...] = (
     bert.FAMILY,
     *roberta.FAMILIES,
+    xlm_roberta_xl.FAMILY,
     distilbert.FAMILY,
     electra.FAMILY,
     albert.FAMILY,
+    modernbert.FAMILY,
+    mpnet.FAMILY,
+    deberta.FAMILY,
+    deberta_v2.FAMILY,
 )
 
 

@@ -74,4 +74,5 @@ FAMILY = Family(
     stack=("embeddings", "encoder"),
     read=read,
     pool=pool,
+    first_token_heads={"AlbertForSequenceClassification": None, "AlbertForMultipleChoice": None},
 )

@@ -34,4 +34,9 @@ FAMILY = Family(
     output_class="BaseModelOutputWithPoolingAndCrossAttentions",
     stack=("embeddings", "encoder"),
     read=read,
+    first_token_heads={
+        "BertForSequenceClassification": None,
+        "BertForMultipleChoice": None,
+        "BertForNextSentencePrediction": None,
+    },
 )

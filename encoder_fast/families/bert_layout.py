@@ -6,7 +6,7 @@ them all, with another prefix.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families.family import (
@@ -33,8 +33,9 @@ def read_embeddings(
     *,
     position_padding_idx: int | None = None,
     projection: Any = None,
+    normed: bool = True,
 ) -> EmbeddingSpec:
-    """Embeddings of class ``name``: word, position and token type, then LayerNorm."""
+    """Embeddings of class ``name``: word, position and token type, then LayerNorm if ``normed``."""
     expect(embeddings, name)
     if position_padding_idx is None:
         expect_default_ids(embeddings)
@@ -42,16 +43,18 @@ def read_embeddings(
         word=expect_embedding(embeddings.word_embeddings),
         position=expect_embedding(embeddings.position_embeddings),
         token_type=expect_embedding(embeddings.token_type_embeddings),
-        norm=expect_layer_norm(embeddings.LayerNorm),
+        norm=expect_layer_norm(embeddings.LayerNorm) if normed else None,
         position_padding_idx=position_padding_idx,
         projection=None if projection is None else expect_linear(projection),
     )
 
 
-def read_layers(encoder: Any, prefix: str) -> tuple[LayerSpec, ...]:
+def read_layers(
+    encoder: Any, prefix: str, norm_order: Literal["post", "pre"] = "post"
+) -> tuple[LayerSpec, ...]:
     """The layers of a ``<prefix>Encoder``."""
     expect(encoder, f"{prefix}Encoder")
-    return tuple(_read_layer(layer, prefix) for layer in encoder.layer)
+    return tuple(_read_layer(layer, prefix, norm_order) for layer in encoder.layer)
 
 
 def check_pooler(model: Any, name: str) -> None:
@@ -60,13 +63,17 @@ def check_pooler(model: Any, name: str) -> None:
         expect(model.pooler, name)
 
 
-def _read_layer(layer: Any, prefix: str) -> LayerSpec:
+def _read_layer(layer: Any, prefix: str, norm_order: Literal["post", "pre"]) -> LayerSpec:
     expect(layer, f"{prefix}Layer")
     expect(layer.attention, f"{prefix}Attention")
     attention = expect(layer.attention.self, f"{prefix}SelfAttention", f"{prefix}SdpaSelfAttention")
     attention_out = expect(layer.attention.output, f"{prefix}SelfOutput")
     ffn_in = expect(layer.intermediate, f"{prefix}Intermediate")
     ffn_out = expect(layer.output, f"{prefix}Output")
+    if norm_order == "pre":
+        attention_norm, ffn_norm = layer.attention.self_attn_layer_norm, layer.LayerNorm
+    else:
+        attention_norm, ffn_norm = attention_out.LayerNorm, ffn_out.LayerNorm
     return LayerSpec(
         projections=(
             expect_linear(attention.query),
@@ -75,9 +82,9 @@ def _read_layer(layer: Any, prefix: str) -> LayerSpec:
         ),
         attention=SoftmaxAttention(attention, attention.attention_head_size),
         attention_out=expect_linear(attention_out.dense),
-        attention_norm=expect_layer_norm(attention_out.LayerNorm),
+        attention_norm=expect_layer_norm(attention_norm),
         ffn_in=expect_linear(ffn_in.dense),
         activation=read_activation(ffn_in.intermediate_act_fn),
         ffn_out=expect_linear(ffn_out.dense),
-        ffn_norm=expect_layer_norm(ffn_out.LayerNorm),
+        ffn_norm=expect_layer_norm(ffn_norm),
     )

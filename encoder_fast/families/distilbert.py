@@ -65,5 +65,8 @@ FAMILY = Family(
     output_class="BaseModelOutput",
     stack=("embeddings", "transformer"),
     read=read,
-    first_token_heads=("DistilBertForSequenceClassification", "DistilBertForMultipleChoice"),
+    first_token_heads={
+        "DistilBertForSequenceClassification": None,
+        "DistilBertForMultipleChoice": None,
+    },
 )

@@ -34,5 +34,8 @@ FAMILY = Family(
     output_class="BaseModelOutputWithPastAndCrossAttentions",
     stack=("embeddings", "embeddings_project", "encoder"),
     read=read,
-    first_token_heads=("ElectraForSequenceClassification", "ElectraForMultipleChoice"),
+    first_token_heads={
+        "ElectraForSequenceClassification": "ElectraClassificationHead",
+        "ElectraForMultipleChoice": "ElectraSequenceSummary",
+    },
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,23 @@ from encoder_fast.spec import EncoderSpec
 
 def _call_pooler(model: Any, hidden: Tensor) -> Tensor:
     return model.pooler(hidden)
+
+
+def facts(model: Any) -> tuple:
+    """What a spec was read from beside the modules of the stack: cheap to compare at each call."""
+    config, pooler = model.config, getattr(model, "pooler", None)
+    return (
+        getattr(config, "num_hidden_layers", None),
+        getattr(config, "position_embedding_type", None),
+        getattr(config, "tie_last_hidden_states", None),
+        getattr(model, "z_steps", None),
+        type(pooler),
+        *(
+            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
+            for buffer in model.embeddings._buffers.values()
+            if buffer is not None
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +50,10 @@ class Family:
             the reason where this particular model can't run fast.
         pool: from a model that has a pooler, and its last hidden state ``(B, S, N)``, to the pooled
             output. It calls the model's own modules, so that their hooks run.
-        first_token_heads: the classes of models with a head that reads column 0 of the hidden
-            states itself, past any pooler.
+        facts: what a spec was read from beside the modules of the stack, to compare at each call.
+        first_token_heads: the classes of models whose head reads column 0 of the hidden states
+            and nothing else of them; each with the class of the child that does it, or ``None``
+            where the model's own forward or the encoder's pooler does.
     """
 
     name: str
@@ -44,7 +63,8 @@ class Family:
     stack: tuple[str, ...]
     read: Callable[[nn.Module], EncoderSpec]
     pool: Callable[[Any, Tensor], Tensor] = _call_pooler
-    first_token_heads: tuple[str, ...] = ()
+    facts: Callable[[Any], tuple] = facts
+    first_token_heads: Mapping[str, str | None] = field(default_factory=dict)
 
     def matches(self, cls: Any) -> bool:
         """Whether ``cls`` is one of this family's classes, or a subclass that keeps its methods."""
@@ -59,14 +79,32 @@ class Family:
         return False
 
     def is_token_level(self, parent: nn.Module) -> bool:
-        """Whether ``parent`` is a model of this family whose head never pools column 0."""
-        cls: Any = type(parent)
-        heads = [base for base in cls.__mro__ if base.__module__ == self.module]
-        return (
-            bool(heads)
-            and is_library_code(cls.forward)
-            and not any(base.__name__ in self.first_token_heads for base in heads)
-        )
+        """Whether ``parent`` is a model of this family whose head never reads column 0 alone."""
+        names = self._names_of_head(type(parent))
+        return bool(names) and not any(name in self.first_token_heads for name in names)
+
+    def reads_first_token_alone(self, cls: Any, model: nn.Module) -> bool:
+        """Whether ``model``, of class ``cls``, has one of ``first_token_heads`` as it came."""
+        # ModernBERT's can be told to take the mean
+        if getattr(getattr(model, "config", None), "classifier_pooling", "cls") != "cls":
+            return False
+        for name in self._names_of_head(cls):
+            if name in self.first_token_heads:
+                reader = self.first_token_heads[name]
+                return reader is None or any(
+                    type(child).__name__ == reader
+                    and type(child).__module__ == self.module
+                    # ELECTRA's can be told to take another token, or all of them
+                    and getattr(child, "summary_type", "first") == "first"
+                    for child in model.children()
+                )
+        return False
+
+    def _names_of_head(self, cls: Any) -> list[str]:
+        """The family's own classes that ``cls`` is, if its forward is still theirs."""
+        if not is_library_code(cls.forward):
+            return []
+        return [base.__name__ for base in cls.__mro__ if base.__module__ == self.module]
 
 
 # What a BERT-like forward calls on itself, beside the methods that its own class defines.
@@ -86,24 +124,22 @@ def is_library_code(function: Any) -> bool:
     """Whether a function is one of transformers or PyTorch, and not a user's in its place.
 
     Goes by the module that the code was compiled in: ``functools.wraps`` copies a function's name
-    and ``__module__`` to whatever replaces it, but not that.
+    and ``__module__`` to whatever replaces it, but not that. What ``torch.no_grad`` decorates is
+    looked at itself.
     """
-    return getattr(function, "__globals__", {}).get("__name__", "").startswith(_LIBRARIES)
+    while _home(function) == "torch.utils._contextlib" and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return _home(function).startswith(_LIBRARIES)
 
 
-def facts(model: Any) -> tuple:
-    """What a spec was read from beside the modules of the stack: cheap to compare at each call."""
-    config, pooler = model.config, getattr(model, "pooler", None)
-    return (
-        getattr(config, "num_hidden_layers", None),
-        getattr(config, "position_embedding_type", None),
-        type(pooler),
-        *(
-            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
-            for buffer in model.embeddings._buffers.values()
-            if buffer is not None
-        ),
-    )
+def _home(function: Any) -> str:
+    return getattr(function, "__globals__", {}).get("__name__", "")
+
+
+def last_state_is_normed(model: Any) -> bool:
+    """Whether a model of transformers 5 gives, as the last of its hidden states, the last hidden
+    state itself; else it gives what the last layer did, ahead of any norm after it."""
+    return getattr(model.config, "tie_last_hidden_states", None) is not False
 
 
 def expect(module: nn.Module, *names: str) -> nn.Module:

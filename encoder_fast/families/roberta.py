@@ -40,7 +40,10 @@ def _family(name: str, prefix: str) -> Family:
         output_class="BaseModelOutputWithPoolingAndCrossAttentions",
         stack=("embeddings", "encoder"),
         read=partial(read, prefix=prefix),
-        first_token_heads=(f"{prefix}ForSequenceClassification",),
+        first_token_heads={
+            f"{prefix}ForSequenceClassification": f"{prefix}ClassificationHead",
+            f"{prefix}ForMultipleChoice": None,
+        },
     )
 
 

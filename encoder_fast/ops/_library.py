@@ -43,8 +43,10 @@ def forbid_grad(op: str, *tensors: Tensor | None) -> None:
 
 
 def check_dtype(op: str, backend: str, dtype: torch.dtype) -> None:
-    """Raise ``ValueError`` where a backend does not run an op in a dtype."""
+    """Raise ``ValueError`` where a backend does not run an op, or not in a dtype."""
     module = load(backend)
+    if not hasattr(module, op):
+        raise ValueError(f"backend {backend!r} has no {op}")
     # Only backends with ops of different dtypes have the second.
     known = getattr(module, "DTYPES_OF_OP", {}).get(op, module.DTYPES)
     if dtype not in known:

@@ -2,6 +2,10 @@
 
 For each sequence and head, ``softmax(q kᵀ · softmax_scale) v`` over the keys of that sequence
 alone. No score matrix is kept (Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691).
+
+Two options, of which a call may use one: keys within a window of the query (Longformer, Beltagy et
+al. 2020, https://arxiv.org/abs/2004.05150), and a bias by the distance from query to key (T5,
+Raffel et al. 2019, https://arxiv.org/abs/1910.10683).
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ def attention(
     max_seqlen: int,
     *,
     softmax_scale: float | None = None,
+    window_size: int | None = None,
+    relative_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attend within each packed sequence.
@@ -33,6 +39,11 @@ def attention(
             sequence; their rows come back as zeros.
         max_seqlen: the longest sequence, or more.
         softmax_scale: positive; ``D ** -0.5`` where it is ``None``.
+        window_size: query ``i`` of a sequence sees its keys ``j`` with ``|i - j| <= window_size``;
+            all of them where it is ``None``.
+        relative_bias: ``(H, 2 · R + 1)``, finite, float32 or q's dtype, its last stride 1. Added to
+            the scaled score of query ``i`` and key ``j``:
+            ``relative_bias[h, clamp(j - i, -R, R) + R]``. Not together with ``window_size``.
         backend: ``auto``, or a backend by name, which runs or raises.
 
     Returns:
@@ -68,13 +79,42 @@ def attention(
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     if not scale > 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
-    forbid_grad("attention", q, k, v)
+    if window_size is not None and window_size < 0:
+        raise ValueError(f"window_size must be None or at least 0, got {window_size}")
+    if relative_bias is not None:
+        _check_relative_bias(relative_bias, q)
+        if window_size is not None:
+            raise ValueError(
+                f"relative_bias needs window_size=None, got window_size={window_size}: no kernel "
+                "has both"
+            )
+    forbid_grad("attention", q, k, v, relative_bias)
     name, _ = resolve(backend, q.device)
     check_dtype("attention", name, q.dtype)
     reason = why_no_head_size(name, q.shape[2])
     if reason is not None:
         raise ValueError(reason)
-    return operator.dispatch(q, k, v, cu_seqlens, max_seqlen, scale, name)
+    return operator.dispatch(
+        q, k, v, cu_seqlens, max_seqlen, scale, window_size, relative_bias, name
+    )
+
+
+def _check_relative_bias(relative_bias: Tensor, q: Tensor) -> None:
+    shape = tuple(relative_bias.shape)
+    if len(shape) != 2 or shape[0] != q.shape[1] or shape[1] % 2 == 0:
+        raise ValueError(
+            f"relative_bias must have shape (H, 2 * R + 1) with H = {q.shape[1]}, got {shape}"
+        )
+    if relative_bias.dtype not in (torch.float32, q.dtype):
+        raise ValueError(
+            f"relative_bias must be torch.float32 or q's {q.dtype}, got {relative_bias.dtype}"
+        )
+    if relative_bias.stride(1) != 1 and shape[1] > 1:
+        raise ValueError(
+            f"relative_bias's last stride must be 1, got strides {relative_bias.stride()}"
+        )
+    if relative_bias.device != q.device:
+        raise ValueError(f"relative_bias is on {relative_bias.device}, q on {q.device}")
 
 
 def why_no_head_size(backend: str, head_size: int) -> str | None:
@@ -87,6 +127,6 @@ def why_no_head_size(backend: str, head_size: int) -> str | None:
 
 operator = Operator(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, "
-    "float softmax_scale, str backend) -> Tensor",
+    "float softmax_scale, SymInt? window_size, Tensor? relative_bias, str backend) -> Tensor",
     fake=lambda q, *_: q.new_empty(q.shape),
 )

@@ -43,6 +43,9 @@ def parameter_names(cls: Any) -> tuple[str, ...]:
 _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 _FLAGS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
 
+# Heads of ModernBERT in transformers 4 repeat what the inputs' shape says.
+_SIZES = ("batch_size", "seq_len")
+
 
 def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -> Arguments:
     """The call's arguments.
@@ -58,7 +61,7 @@ def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -
         raise NotFastError("an argument given twice")
     given.update(kwargs)
     for name, value in given.items():
-        if value is not None and name not in _TENSORS and name not in _FLAGS:
+        if value is not None and name not in (*_TENSORS, *_FLAGS, *_SIZES):
             raise NotFastError(f"argument {name}")
     for name in _TENSORS:
         value = given.get(name)
@@ -67,6 +70,11 @@ def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -
             raise NotFastError(f"{name} is a {type(value).__name__}, not a plain tensor")
     if (given.get("input_ids") is None) == (given.get("inputs_embeds") is None):
         raise NotFastError("not exactly one of input_ids and inputs_embeds")
+    source = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+    for axis, name in enumerate(_SIZES):
+        size = given.get(name)
+        if size is not None and (source.dim() <= axis or size != source.shape[axis]):
+            raise NotFastError(f"{name} other than the input's")
     flag = given.get("output_attentions")
     if getattr(config, "output_attentions", False) if flag is None else flag:
         raise NotFastError("output_attentions")

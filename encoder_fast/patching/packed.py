@@ -41,7 +41,12 @@ def batch_known_for(shape: tuple[int, int]) -> PackedBatch | None:
 
 
 def encode_packed(
-    model: nn.Module, batch: PackedBatch, input_ids: Tensor, token_type_ids: Tensor | None = None
+    model: nn.Module,
+    batch: PackedBatch,
+    input_ids: Tensor,
+    token_type_ids: Tensor | None = None,
+    *,
+    first_token_alone: bool = False,
 ) -> Tensor:
     """The last hidden state ``(total, N)`` of a patched encoder over packed tokens.
 
@@ -51,6 +56,8 @@ def encode_packed(
         model: a patched bare encoder in eval mode; gradients must be off.
         batch: right-padded, as from :func:`~encoder_fast.packing.pack_lengths`.
         input_ids, token_type_ids: int64 ``(total,)`` on the model's device, in range.
+        first_token_alone: return the first token's state of each row, ``(B, N)``, which takes the
+            last layer less work.
 
     Raises:
         NotFastError: it can't run fast now. Nothing is counted: the padded forward, which the
@@ -66,4 +73,4 @@ def encode_packed(
     if token_type_ids is not None:
         inputs["token_type_ids"] = batch.unpack(token_type_ids)
     with known_batch(batch):
-        return state.encode_packed(model, inputs)
+        return state.encode_packed(model, inputs, first_token_alone)

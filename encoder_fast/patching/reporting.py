@@ -102,7 +102,7 @@ def report(model: object) -> Report:
     entries = []
     for path, module in root_module(model).named_modules():
         state = module.__dict__.get(STATE)
-        if state is not None:
+        if hasattr(state, "counts"):  # a patched head has none
             entries.append(_entry(path, module, state))
     return Report(tuple(entries))
 

@@ -21,10 +21,10 @@ from encoder_fast.errors import (
     UnsupportedModelError,
 )
 from encoder_fast.families import Family
-from encoder_fast.families.family import facts
 from encoder_fast.ops.attention import why_no_head_size
 from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
 from encoder_fast.patching.arguments import Arguments, parameter_names, read_arguments
+from encoder_fast.patching.head import wants_first_token_alone
 from encoder_fast.patching.packed import batch_known_for
 from encoder_fast.patching.reporting import Counts
 from encoder_fast.patching.stack import Stack
@@ -39,6 +39,7 @@ NOT_FAST = object()
 class _Reading:
     """The model as it was read, on the device where it was."""
 
+    family: Family
     owner: weakref.ref[nn.Module]
     forward: Any
     facts: tuple
@@ -54,7 +55,7 @@ class _Reading:
             self.owner() is model
             and self.forward is original.forward
             and self.stack.is_unchanged()
-            and self.facts == facts(model)
+            and self.facts == self.family.facts(model)
             and self.spec.embeddings.word.weight.device == self.device
         )
 
@@ -104,6 +105,9 @@ class EncoderState:
         spec = self.family.read(model)
         device = spec.embeddings.word.weight.device
         backend, why = resolve(self.backend, device)
+        lacking = spec.needs & getattr(load(backend), "LACKING", frozenset())
+        if lacking:
+            raise UnsupportedModelError(f"backend {backend!r} has no {', '.join(sorted(lacking))}")
         for head_size in sorted(spec.head_sizes):
             reason = why_no_head_size(backend, head_size)
             if reason is not None:
@@ -111,9 +115,10 @@ class EncoderState:
         stack = Stack(model, self.family.stack)
         cache = WeightCache(spec, backend)
         reading = _Reading(
+            self.family,
             weakref.ref(model),
             self.original.forward,
-            facts(model),
+            self.family.facts(model),
             spec,
             stack,
             device,
@@ -142,14 +147,19 @@ class EncoderState:
         return output
 
     @torch.compiler.disable
-    def encode_packed(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Run one call fast and leave the last hidden state packed, ``(total, N)``.
+    def encode_packed(
+        self, model: nn.Module, inputs: dict[str, Any], first_token_alone: bool
+    ) -> Tensor:
+        """Run one call fast and leave the last hidden state packed, ``(total, N)``, or ``(B, N)``
+        of the first tokens.
 
         Raises:
             NotFastError: it can't run fast; nothing is counted.
         """
         call = read_arguments(self.original, model.config, (), inputs)
-        hidden, _ = self._encode(model, call, reads_first=False, collect=None)
+        hidden, _ = self._encode(
+            model, call, reads_first=False, collect=None, first_token_alone=first_token_alone
+        )
         self.counts.count_fast()
         return hidden
 
@@ -158,8 +168,9 @@ class EncoderState:
         has_pooler = getattr(model, "pooler", None) is not None
         reads_first = has_pooler or self.pools_first
         collect: list[Tensor] | None = [] if call.output_hidden_states else None
-        hidden, batch = self._encode(model, call, reads_first, collect)
-        last = batch.unpack(hidden)
+        first_alone = collect is None and wants_first_token_alone(model)
+        hidden, batch = self._encode(model, call, reads_first, collect, first_alone)
+        last = hidden.unsqueeze(1) if first_alone else batch.unpack(hidden)
         pooled = self.family.pool(model, last) if has_pooler else None
         states = None
         if collect is not None:
@@ -167,9 +178,14 @@ class EncoderState:
         return self._output(call, last, pooled, states)
 
     def _encode(
-        self, model: nn.Module, call: Arguments, reads_first: bool, collect: list[Tensor] | None
+        self,
+        model: nn.Module,
+        call: Arguments,
+        reads_first: bool,
+        collect: list[Tensor] | None,
+        first_token_alone: bool,
     ) -> tuple[Tensor, PackedBatch]:
-        """The last hidden state, packed, and how it is packed."""
+        """The last hidden state, packed, and how it is packed; see :func:`engine.encode`."""
         _check_mode(model, call)
         reading = self._current_reading(model)
         _check_attention(model.config, reading.spec)
@@ -180,10 +196,14 @@ class EncoderState:
         shape = _check_tensors(call, like)
         batch = _pack(call, shape, spec, reads_first=reads_first)
         weights = reading.cache.current(like, batch.total)
-        hidden = _embed(call, spec, weights, backend, batch)
+        positions = _positions(call, spec.embeddings.position_padding_idx, batch)
+        hidden = _embed(call, spec, weights, backend, batch, positions)
         if collect is not None:
             collect.append(hidden)
-        return engine.encode(spec, weights, backend, batch, hidden, collect), batch
+        last = engine.encode(
+            spec, weights, backend, batch, positions, hidden, collect, first_token_alone
+        )
+        return last, batch
 
     def _current_reading(self, model: nn.Module) -> _Reading:
         reading = self._reading
@@ -339,7 +359,12 @@ def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:
 
 
 def _embed(
-    call: Arguments, spec: EncoderSpec, weights: EncoderWeights, backend: str, batch: PackedBatch
+    call: Arguments,
+    spec: EncoderSpec,
+    weights: EncoderWeights,
+    backend: str,
+    batch: PackedBatch,
+    positions: Tensor,
 ) -> Tensor:
     def packed(ids: Tensor | None) -> Tensor | None:
         return None if ids is None else batch.pack(ids)
@@ -348,7 +373,7 @@ def _embed(
         spec.embeddings,
         weights.projection,
         backend,
-        _positions(call, spec.embeddings.position_padding_idx, batch),
+        positions,
         packed(call.token_type_ids),
         packed(call.input_ids),
         packed(call.inputs_embeds),

@@ -1,8 +1,9 @@
 """``patch``, ``unpatch`` and ``patched``: the public way in and out.
 
 A patched encoder is the same object with another class: a subclass of its own class, of the same
-name, that tries the fast path in its ``forward``. Keys, hooks, ``isinstance``, ``save_pretrained``
-and pickling stay as they were, and no other model of that class is touched.
+name, that tries the fast path in its ``forward``. So is a head that reads one token of each text.
+Keys, hooks, ``isinstance``, ``save_pretrained`` and pickling stay as they were, and no other model
+of that class is touched.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families import find_family, unsupported
+from encoder_fast.patching.head import HeadState
 from encoder_fast.patching.locate import STATE, root_module
 from encoder_fast.patching.state import NOT_FAST, EncoderState
 
@@ -83,6 +85,7 @@ def patched(model: M, backend: str = "auto", *, strict: bool = False) -> Iterato
 def _patch(root: nn.Module, backend: str, strict: bool) -> list[nn.Module]:
     """Patch every encoder below ``root``, or raise and change nothing; returns them."""
     found: list[tuple[nn.Module, EncoderState]] = []
+    heads: list[tuple[nn.Module, HeadState]] = []
     modules = dict(root.named_modules())
     for path, module in modules.items():
         original = _original_class(module)
@@ -101,14 +104,18 @@ def _patch(root: nn.Module, backend: str, strict: bool) -> list[nn.Module]:
             where = f"{original.__name__}{f' at {path}' if path else ''}"
             raise UnsupportedModelError(f"{where}: {error}. Nothing was changed.") from None
         found.append((module, state))
+        if parent is not module and family.reads_first_token_alone(_original_class(parent), parent):
+            name = path.rpartition(".")[2]
+            heads.append((parent, HeadState(family, _original_class(parent), name)))
     if not found:
         raise unsupported(root)
-    for module, state in found:
-        _install(module, state)
-    return [module for module, _ in found]
+    patched: list[tuple[nn.Module, EncoderState | HeadState]] = [*found, *heads]
+    for module, its_state in patched:
+        _install(module, its_state)
+    return [module for module, _ in patched]
 
 
-def _install(module: nn.Module, state: EncoderState) -> None:
+def _install(module: nn.Module, state: EncoderState | HeadState) -> None:
     module.__dict__[STATE] = state
     module.__class__ = _fast_class(state.original)
 

@@ -88,5 +88,6 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, of a GPU or of the machine."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    # the CPU allocator raises a plain RuntimeError
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    # the CPU allocator, cuBLAS and a kernel's launch raise a plain RuntimeError
+    said = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

@@ -18,6 +18,23 @@ OVERLAP = 8
 LONG_TEXT = ("truncate", "chunk", "error")
 
 
+class TextTooLongError(ValueError):
+    """A text is longer than the model takes, and ``long_text="error"`` forbids to cut it.
+
+    Attributes:
+        index: the text's place among those that were given.
+        tokens: how many it has.
+        room: how many fit.
+    """
+
+    def __init__(self, index: int, tokens: int, room: int) -> None:
+        super().__init__(
+            f"texts[{index}] has {tokens} tokens and {room} fit: long_text may be 'truncate' or "
+            "'chunk'"
+        )
+        self.index, self.tokens, self.room = index, tokens, room
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Tokens ``start:stop`` of a text, of which ``own_start:own_stop`` are counted as this one's.

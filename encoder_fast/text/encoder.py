@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder_fast.text import rerank, tag
+from encoder_fast.text import rerank
 from encoder_fast.text.batching import TokenBudget
 from encoder_fast.text.classify import Classification, classifications, label_names
 from encoder_fast.text.loading import load
 from encoder_fast.text.pipeline import Block, Compute, Pipeline, Plan
 from encoder_fast.text.reporting import TextReport, warn_caller
 from encoder_fast.text.runner import Runner
-from encoder_fast.text.settings import Settings, longest_input
+from encoder_fast.text.settings import Settings, longest_input, positions
+from encoder_fast.text.tag import Entity, entities
 from encoder_fast.text.texts import check_iterable, encodable
 from encoder_fast.text.tokenising import Tokeniser
 from encoder_fast.text.tokens import TokenEmbeddings, per_token
@@ -34,8 +35,8 @@ class TextEncoder:
 
     Attributes:
         model: the model, with its head if it has one; patched in place where it can be.
+        tokenizer: the tokenizer as it was given or loaded.
         settings: what the model's files say of its use.
-        max_length: the longest input in tokens, special tokens counted.
     """
 
     def __init__(
@@ -48,16 +49,17 @@ class TextEncoder:
         max_tokens_per_batch: int | None = None,
     ) -> None:
         self.model: Any = model
+        self.tokenizer = tokenizer
         self.settings = settings or Settings()
         self._runner = Runner(model, backend)
         tokeniser = Tokeniser(tokenizer, lower_case=self.settings.lower_case)
-        self.max_length = longest_input(model, tokeniser.max_length, self.settings)
+        max_length = longest_input(model, tokeniser.max_length, self.settings)
         budget = (
             TokenBudget.automatic(model)
             if max_tokens_per_batch is None
             else TokenBudget(max_tokens_per_batch)
         )
-        self._pipeline = Pipeline(tokeniser, self.max_length, budget)
+        self._pipeline = Pipeline(tokeniser, max_length, budget)
 
     @classmethod
     def from_pretrained(
@@ -106,6 +108,30 @@ class TextEncoder:
     def dimension(self) -> int:
         """The length of a vector, before ``truncate_dim``."""
         return self._runner.encoder.config.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """The longest input in tokens, special tokens counted; settable up to the positions."""
+        return self._pipeline.max_length
+
+    @max_length.setter
+    def max_length(self, tokens: int) -> None:
+        specials, limit = self._pipeline.single.size, positions(self.model)
+        if tokens <= specials or (limit is not None and tokens > limit):
+            raise ValueError(
+                f"max_length must be more than the {specials} special tokens and at most the "
+                f"model's {limit} positions, got {tokens}"
+            )
+        self._pipeline.max_length = tokens
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """The most tokens that a batch holds; less after each time that memory ran out."""
+        return self._pipeline.budget.tokens
+
+    @tokens_per_batch.setter
+    def tokens_per_batch(self, tokens: int) -> None:
+        self._pipeline.budget = TokenBudget(tokens)
 
     def encode(
         self,
@@ -167,23 +193,32 @@ class TextEncoder:
         prompt: str | None = None,
         truncate_dim: int | None = None,
         long_text: str = "truncate",
+        block_size: int | None = None,
         show_progress: bool = False,
     ) -> Iterator[np.ndarray]:
         """As :meth:`encode`, for more texts than memory holds vectors of.
 
+        Args:
+            block_size: how many texts are held and yielded at a time. ``None`` begins with few and
+                goes up to 4,096. Texts of some millions of characters end a block early. Which
+                texts share a batch depends on the blocks, so only with a given ``block_size`` does
+                a run that starts at the beginning of a block repeat it bit by bit.
+
         Yields:
             Float32 vectors ``(n, D)`` of the next ``n`` texts, in order.
         """
-        plan = Plan(long_text, self._prompt(prompt))
+        plan = Plan(long_text, self._prompt(prompt), block_size=block_size)
         finish = self._finish(normalize, truncate_dim)
         return self._encode_blocks(_listed(texts), plan, finish, show_progress)
 
     def similarity(
-        self, a: str | Iterable[str] | np.ndarray, b: str | Iterable[str] | np.ndarray
+        self,
+        a: str | Iterable[str] | np.ndarray | Tensor,
+        b: str | Iterable[str] | np.ndarray | Tensor,
     ) -> np.ndarray:
         """How alike texts are, ``(len(a), len(b))``: the cosine, or what the model's files say.
 
-        Vectors from :meth:`encode` may stand for texts.
+        Float vectors, as from :meth:`encode`, may stand for texts.
         """
         left, right = (self._as_vectors(side) for side in (a, b))
         if self.settings.similarity == "cosine":
@@ -231,13 +266,30 @@ class TextEncoder:
         Raises:
             ValueError: the model has no sequence classification head.
         """
-        self._need_head("ForSequenceClassification", "classify")
-        found: list[Classification] = []
-        blocks = self._run(_listed(texts), Plan(long_text), self._runner.scores, show_progress)
-        for block, results in blocks:
-            logits = whole_texts(torch.stack(results).cpu(), block.windows, "mean")
-            found += classifications(logits, self.model.config)
+        blocks = self.classify_stream(texts, long_text=long_text, show_progress=show_progress)
+        found = [one for block in blocks for one in block]
         return found[0] if isinstance(texts, str) else found
+
+    def classify_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        long_text: str = "truncate",
+        block_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Iterator[list[Classification]]:
+        """As :meth:`classify`, a block of texts at a time; see :meth:`encode_stream`."""
+        self._need_head("ForSequenceClassification", "classify")
+        if self.model.config.problem_type == "regression":
+            raise ValueError("classify needs labels, and this model's head is one for regression")
+        plan = Plan(long_text, block_size=block_size)
+        blocks = self._run(_listed(texts), plan, self._runner.scores, show_progress)
+        return (
+            classifications(
+                whole_texts(torch.stack(results).cpu(), block.windows, "mean"), self.model.config
+            )
+            for block, results in blocks
+        )
 
     def tag(
         self,
@@ -255,18 +307,31 @@ class TextEncoder:
         Raises:
             ValueError: the model has no token classification head, or its tokenizer no offsets.
         """
+        blocks = self.tag_stream(texts, long_text=long_text, show_progress=show_progress)
+        found = [one for block in blocks for one in block]
+        return found[0] if isinstance(texts, str) else found
+
+    def tag_stream(
+        self,
+        texts: Iterable[str],
+        *,
+        long_text: str = "chunk",
+        block_size: int | None = None,
+        show_progress: bool = False,
+    ) -> Iterator[list[list[Entity]]]:
+        """As :meth:`tag`, a block of texts at a time; see :meth:`encode_stream`."""
         self._need_head("ForTokenClassification", "tag")
-        found = []
         names = label_names(self.model.config)
         lead = len(self._pipeline.single.specials[0])
-        plan = Plan(long_text, detail=True)
-        for block, results in self._run(
-            _listed(texts), plan, self._runner.token_scores, show_progress
-        ):
-            for text in per_token(block, results, lead):
-                probabilities = torch.softmax(text.content, dim=-1).numpy()
-                found.append(tag.entities(text.text, text.tokens, probabilities, names))
-        return found[0] if isinstance(texts, str) else found
+        plan = Plan(long_text, detail=True, block_size=block_size)
+        blocks = self._run(_listed(texts), plan, self._runner.token_scores, show_progress)
+        return (
+            [
+                entities(text.text, text.tokens, torch.softmax(text.content, dim=-1).numpy(), names)
+                for text in per_token(block, results, lead)
+            ]
+            for block, results in blocks
+        )
 
     def rerank(
         self,
@@ -321,6 +386,8 @@ class TextEncoder:
         self, texts: Iterable[str], plan: Plan, compute: Compute, show_progress: bool
     ) -> Iterator[tuple[Block, list[Tensor]]]:
         """The pipeline, with a warning at its end where texts were cut."""
+        # as sentence-transformers does: with dropout the same text has no vector of its own
+        self.model.eval()
         cut = total = 0
         for block, results in self._pipeline.run(texts, plan, compute, show_progress=show_progress):
             cut += block.cut
@@ -368,20 +435,26 @@ class TextEncoder:
 
     def _prompt(self, prompt: str | None) -> str:
         prompts = self.settings.prompts
+        if prompt is not None and not isinstance(prompt, str):
+            raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
         if prompt is None:
             return prompts.get(self.settings.default_prompt or "", "")
         return encodable(prompts.get(prompt, prompt))
 
     def _finish(self, normalize: bool | None, truncate_dim: int | None) -> Finish:
         kept = self.settings.truncate_dim if truncate_dim is None else truncate_dim
-        if kept is not None and kept < 1:
-            raise ValueError(f"truncate_dim must be at least 1, got {kept}")
+        if kept is not None and (not isinstance(kept, int) or kept < 1):
+            raise ValueError(f"truncate_dim must be an integer of at least 1, got {kept!r}")
         by_model = self.settings.normalize and normalize is not False
         return Finish(by_model, kept, normalize is True)
 
-    def _as_vectors(self, side: str | Iterable[str] | np.ndarray) -> Tensor:
-        if isinstance(side, np.ndarray) and side.dtype.kind == "f":
-            return torch.from_numpy(np.atleast_2d(side))
+    def _as_vectors(self, side: str | Iterable[str] | np.ndarray | Tensor) -> Tensor:
+        if isinstance(side, np.ndarray) and side.dtype.kind in "iuf":
+            side = torch.from_numpy(side)
+        if isinstance(side, Tensor):
+            if not side.is_floating_point():
+                raise ValueError(f"similarity is for float vectors, not {side.dtype}")
+            return torch.atleast_2d(side.detach().float().cpu())
         vectors = self.encode(_listed(side))
         assert isinstance(vectors, np.ndarray)
         return torch.from_numpy(vectors)

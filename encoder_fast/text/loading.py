@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,13 @@ def load(
         path = os.fspath(path_or_model)
         _check_path(path)
         settings = read_settings(path, pooling)
-        model = _load_model(path, settings.subfolder, wanted)
+        model = _load_model(path, settings, wanted)
         if tokenizer is None:
-            tokenizer = _load_tokenizer(path, settings.subfolder)
+            tokenizer = load_tokenizer(path, settings.subfolder, settings.tokenizer_options)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = _load_tokenizer(os.fspath(tokenizer), "")
+        tokenizer = load_tokenizer(os.fspath(tokenizer), "")
     if tokenizer is None:
         raise ValueError(f"a {type(model).__name__} comes without a tokenizer: give tokenizer=")
     model.to(device=None if device == "auto" else device, dtype=wanted)
@@ -81,21 +82,31 @@ def _check_path(path: str) -> None:
         raise FileNotFoundError(f"no such folder: {path}")
 
 
-def _load_model(path: str, subfolder: str, dtype: torch.dtype | None) -> nn.Module:
+def _load_model(path: str, settings: Settings, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
+    subfolder = settings.subfolder
     config = transformers.AutoConfig.from_pretrained(path, subfolder=subfolder)
     name = (getattr(config, "architectures", None) or [""])[0]
     loader = next((auto for head, auto in _HEADS.items() if name.endswith(head)), "AutoModel")
-    auto_class = getattr(transformers, loader)
-    return auto_class.from_pretrained(path, subfolder=subfolder, dtype=dtype or "auto")
+    options = {"dtype": "auto", **settings.model_options}
+    if "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")
+    if dtype is not None:
+        options["dtype"] = dtype
+    return getattr(transformers, loader).from_pretrained(path, subfolder=subfolder, **options)
 
 
-def _load_tokenizer(path: str, subfolder: str) -> Any:
+def load_tokenizer(path: str, subfolder: str, options: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer of a folder or hub repository.
+
+    Raises:
+        ValueError: it has none.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder)
+        tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder, **options or {})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} has no tokenizer that can be loaded: {error}") from error
     # Where there are no files, transformers 5 makes a tokenizer without a vocabulary.

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from encoder_fast.text.background import one_ahead
 from encoder_fast.text.batching import TokenBudget
-from encoder_fast.text.chunking import LONG_TEXT, Window, longest_first, truncated, windows
+from encoder_fast.text.chunking import (
+    LONG_TEXT,
+    TextTooLongError,
+    Window,
+    longest_first,
+    truncated,
+    windows,
+)
 from encoder_fast.text.progress import Progress
 from encoder_fast.text.texts import blocks
 from encoder_fast.text.tokenising import Row, Template, Tokeniser, Tokens
@@ -29,14 +36,19 @@ class Plan:
         prompt: put in front of each text, and of each window of a long one.
         query: a first text's tokens that each row has before its own, for cross-encoders.
         detail: whether the place of each token in its text is needed.
+        block_size: how many texts are held and sorted at a time; begins small and grows where
+            ``None``.
     """
 
     long_text: str = "truncate"
     prompt: str = ""
     query: np.ndarray | None = None
     detail: bool = False
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {self.block_size}")
         if self.long_text not in LONG_TEXT:
             raise ValueError(f"long_text must be one of {LONG_TEXT}, got {self.long_text!r}")
 
@@ -95,7 +107,7 @@ class Pipeline:
 
         with (
             Progress(texts, show_progress) as progress,
-            closing(one_ahead(_numbered(blocks(texts)), prepare)) as prepared,
+            closing(one_ahead(_numbered(blocks(texts, plan.block_size)), prepare)) as prepared,
         ):
             for block in prepared:
                 results = self._compute(block, compute, progress)
@@ -162,10 +174,7 @@ class Pipeline:
         if plan.long_text == "chunk":
             return head, windows(number, count, size)
         if plan.long_text == "error" and count > size:
-            raise ValueError(
-                f"texts[{first + number}] has {count} tokens and {size} fit: long_text may be "
-                "'truncate' or 'chunk'"
-            )
+            raise TextTooLongError(first + number, count, size)
         return head, [truncated(number, count, size, self.tokeniser.truncation_side)]
 
 

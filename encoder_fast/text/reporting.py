@@ -48,6 +48,11 @@ def warn_caller(message: str) -> None:
     """Warn at the line outside this package that led here."""
     level = 2
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals["__name__"].startswith("encoder_fast."):
+    while frame is not None and _is_ours(frame):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    # code that was put together by exec may have no name
+    return frame.f_globals.get("__name__", "").startswith("encoder_fast.")

@@ -55,6 +55,9 @@ class Runner:
     @torch.inference_mode()
     def pooled(self, rows: Sequence[Row], mode: str) -> Tensor:
         """One vector a row, ``(B, N)``, float32."""
+        if mode == "cls":
+            hidden, _ = self._hidden(rows, first_token_alone=True)
+            return hidden.float()
         hidden, batch = self._hidden(rows)
         return pool.run(hidden, batch.cu_seqlens, mode, self._pool_backend(hidden.device))
 
@@ -77,18 +80,25 @@ class Runner:
         logits = self._forward(self.model, ids, types, batch).logits
         return batch.pack(logits).float().cpu().split([len(row.ids) for row in rows])
 
-    def _hidden(self, rows: Sequence[Row]) -> tuple[Tensor, PackedBatch]:
+    def _hidden(
+        self, rows: Sequence[Row], first_token_alone: bool = False
+    ) -> tuple[Tensor, PackedBatch]:
         ids, types, batch = self._pack(rows)
         if self.refusal is None:
             try:
-                hidden = encode_packed(self.encoder, batch, ids, types)
+                hidden = encode_packed(
+                    self.encoder, batch, ids, types, first_token_alone=first_token_alone
+                )
                 self.packed += 1
                 return hidden, batch
             except NotFastError:
                 # the forward below refuses for the same reason, and counts it
                 pass
         output = self._forward(self.encoder, ids, types, batch)
-        return batch.pack(output.last_hidden_state), batch
+        hidden = batch.pack(output.last_hidden_state)
+        if first_token_alone:
+            hidden = batch.blank_empty_rows(batch.first_tokens(hidden))
+        return hidden, batch
 
     def _forward(
         self, model: nn.Module, ids: Tensor, types: Tensor | None, batch: PackedBatch

@@ -19,6 +19,12 @@ from encoder_fast.ops.pool import MODES
 
 _SIMILARITIES = ("cosine", "dot")
 
+# What the file about the transformer was called, at one time by the model's architecture.
+_TRANSFORMER_FILES = [
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+]
+
 # sentence-transformers before version 6 wrote one flag for each mode.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -44,6 +50,7 @@ class Settings:
         truncate_dim: how many of a vector's values are kept.
         similarity: ``cosine`` or ``dot``.
         subfolder: where in the folder the transformer is.
+        model_options, tokenizer_options: what is given to ``from_pretrained``.
     """
 
     pooling: str = "mean"
@@ -55,6 +62,8 @@ class Settings:
     truncate_dim: int | None = None
     similarity: str = "cosine"
     subfolder: str = ""
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_settings(path: str, pooling: str | None) -> Settings:
@@ -64,12 +73,12 @@ def read_settings(path: str, pooling: str | None) -> Settings:
         ValueError: it has a module or a pooling that :class:`TextEncoder` does not have.
     """
     modules = _read_json(path, "modules.json")
-    if modules is None:
+    if not modules:
         return Settings(pooling=pooling or "mean")
+    _check_modules([module["type"] for module in modules], path)
     names = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    _check_modules(names, path)
     subfolder = modules[0]["path"]
-    transformer: dict = _read_json(path, join(subfolder, "sentence_bert_config.json")) or {}
+    transformer = _read_transformer(path, subfolder)
     whole: dict = _read_json(path, "config_sentence_transformers.json") or {}
     if pooling is None and "Pooling" in names:
         folder = modules[names.index("Pooling")]["path"]
@@ -84,7 +93,15 @@ def read_settings(path: str, pooling: str | None) -> Settings:
         truncate_dim=whole.get("truncate_dim"),
         similarity=_check_similarity(whole.get("similarity_fn_name"), path),
         subfolder=subfolder,
+        model_options=_options(transformer, "model", path),
+        tokenizer_options=_options(transformer, "tokenizer", path),
     )
+
+
+def transformer_folder(path: str) -> str:
+    """The subfolder of ``path`` that has the transformer; empty where it is at the top."""
+    modules = _read_json(path, "modules.json")
+    return modules[0]["path"] if modules else ""
 
 
 def live_settings(model: Any, pooling: str | None) -> Settings:
@@ -92,7 +109,7 @@ def live_settings(model: Any, pooling: str | None) -> Settings:
     children = list(model.children())
     names = [type(child).__name__ for child in children]
     label = f"this {type(model).__name__}"
-    _check_modules(names, label)
+    _check_modules([f"{type(c).__module__}.{type(c).__name__}" for c in children], label)
     if pooling is None and "Pooling" in names:
         pooling = _read_pooling(children[names.index("Pooling")].get_config_dict(), label)
     return Settings(
@@ -113,15 +130,15 @@ def longest_input(model: nn.Module, tokenizer_limit: int | None, settings: Setti
     Raises:
         ValueError: nothing limits it.
     """
-    limits = [settings.max_length or tokenizer_limit, _positions(model)]
+    limits = [settings.max_length or tokenizer_limit, positions(model)]
     known = [limit for limit in limits if limit is not None]
     if not known:
         raise ValueError("neither the tokenizer nor the model says how long an input may be")
     return min(known)
 
 
-def _positions(model: nn.Module) -> int | None:
-    """How many positions a model has."""
+def positions(model: nn.Module) -> int | None:
+    """How many positions a model has; ``None`` where nothing bounds them."""
     config: Any = model.config
     limit = getattr(config, "max_position_embeddings", None)
     for name, module in model.named_modules():
@@ -132,13 +149,43 @@ def _positions(model: nn.Module) -> int | None:
     return limit if limit is not None and limit > 0 else None
 
 
-def _check_modules(names: list[str], path: str) -> None:
-    for name in names[1:]:
-        if name not in ("Pooling", "Normalize"):
+def _check_modules(types: list[str], path: str) -> None:
+    """Raise unless the modules are a transformer, at most one pooling, and normalisation."""
+    names = [kind.rsplit(".", 1)[-1] for kind in types]
+    for kind, name in zip(types, names, strict=True):
+        if not kind.startswith("sentence_transformers."):
+            raise ValueError(f"{path} has a module of its own, {kind}, which TextEncoder can't run")
+        if name not in ("Transformer", "Pooling", "Normalize"):
             raise ValueError(
-                f"{path} has a module {name} behind the transformer; TextEncoder has Pooling and "
-                "Normalize"
+                f"{path} has a module {name}; TextEncoder has Transformer, Pooling and Normalize"
             )
+    order = [name for name in names if name != "Normalize"]
+    pooled_at = names.index("Pooling") if "Pooling" in names else len(names)
+    if (
+        order not in (["Transformer"], ["Transformer", "Pooling"])
+        or "Normalize" in names[:pooled_at]
+    ):
+        raise ValueError(
+            f"{path} has the modules {', '.join(names)}; TextEncoder has one Transformer, one "
+            "Pooling behind it, and Normalize behind that"
+        )
+
+
+def _read_transformer(path: str, subfolder: str) -> dict[str, Any]:
+    for name in _TRANSFORMER_FILES:
+        found = _read_json(path, join(subfolder, name))
+        if found:
+            return found
+    return {}
+
+
+def _options(transformer: Mapping[str, Any], of: str, path: str) -> dict[str, Any]:
+    """What the file about the transformer wants to be loaded with, under its old or new name."""
+    if transformer.get("config_args") or transformer.get("config_kwargs"):
+        raise ValueError(f"{path} changes the model's configuration, which TextEncoder can't")
+    new = {"model": "model_kwargs", "tokenizer": "processor_kwargs"}[of]
+    given = transformer.get(f"{of}_args") or transformer.get(new) or {}
+    return {name: value for name, value in given.items() if name != "trust_remote_code"}
 
 
 def _read_pooling(config: Mapping[str, Any], path: str) -> str:
@@ -182,4 +229,7 @@ def _read_json(path: str, name: str) -> Any:
     if found is None:
         return None
     with open(found, encoding="utf-8") as file:
-        return json.load(file)
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{name} of {path} is no JSON: {error}") from None

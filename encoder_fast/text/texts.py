@@ -14,29 +14,32 @@ BLOCK_CHARACTERS = 4_000_000
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def check_iterable(texts: Any, name: str = "texts") -> None:
+def check_iterable(texts: Any) -> None:
     """Raise ``TypeError`` unless ``texts`` is an iterable that can hold strings."""
     if isinstance(texts, (bytes, bytearray)) or not isinstance(texts, Iterable):
         raise TypeError(
-            f"{name} must be a string or an iterable of strings, got {type(texts).__name__}"
+            f"texts must be a string or an iterable of strings, got {type(texts).__name__}"
         )
 
 
-def blocks(texts: Iterable[str], name: str = "texts") -> Iterator[list[str]]:
+def blocks(texts: Iterable[str], fixed: int | None = None) -> Iterator[list[str]]:
     """Texts by the block, in order.
+
+    Args:
+        fixed: texts in a block; where ``None``, few in the first and more and more in later ones.
 
     Raises:
         TypeError: one of them is no string; the message names its index.
     """
-    size, block, characters = FIRST_BLOCK, [], 0
+    size, block, characters = fixed or FIRST_BLOCK, [], 0
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"{name}[{index}] is a {type(text).__name__}, not a string")
+            raise TypeError(f"texts[{index}] is a {type(text).__name__}, not a string")
         block.append(encodable(text))
         characters += len(text)
         if len(block) == size or characters >= BLOCK_CHARACTERS:
             yield block
-            size, block, characters = min(2 * size, LARGEST_BLOCK), [], 0
+            size, block, characters = fixed or min(2 * size, LARGEST_BLOCK), [], 0
     if block:
         yield block
 

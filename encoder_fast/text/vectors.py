@@ -78,11 +78,16 @@ class Finish:
         return np.ascontiguousarray(vectors.numpy())
 
 
-def quantise(vectors: np.ndarray, precision: str) -> np.ndarray:
+def quantise(
+    vectors: np.ndarray, precision: str, ranges: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
     """Float32 vectors in fewer bits, as sentence-transformers does it.
 
-    ``int8`` divides each dimension's range over these vectors into 256 steps; ``binary`` keeps the
-    signs, eight to a byte.
+    ``int8`` divides each dimension's range into 256 steps; ``binary`` keeps the signs, eight to a
+    byte.
+
+    Args:
+        ranges: the lowest and the highest value of each dimension; of these vectors where ``None``.
 
     Raises:
         ValueError: ``int8`` with a single vector, which has no range.
@@ -91,9 +96,11 @@ def quantise(vectors: np.ndarray, precision: str) -> np.ndarray:
         return (np.packbits(vectors > 0, axis=-1).astype(np.int16) - 128).astype(np.int8)
     if precision == "float32" or len(vectors) == 0:
         return vectors.astype(np.int8 if precision == "int8" else np.float32, copy=False)
-    if len(vectors) == 1:
-        raise ValueError("precision='int8' needs more than one text: it scales by their range")
-    low, high = vectors.min(axis=0), vectors.max(axis=0)
+    if ranges is None:
+        if len(vectors) == 1:
+            raise ValueError("precision='int8' needs more than one text: it scales by their range")
+        ranges = vectors.min(axis=0), vectors.max(axis=0)
+    low, high = ranges
     steps = (high - low) / 255
     steps[steps == 0] = 1
     levels = np.clip(np.floor((vectors - low) / steps), 0, 255)

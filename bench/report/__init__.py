@@ -1,0 +1,1 @@
+"""``docs/performance.md`` from the records: nothing in it is written by hand."""

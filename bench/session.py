@@ -1,0 +1,164 @@
+"""One run: which cases are wanted, how much time is left, and the way from a case to its rows."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from bench import record
+from bench.contestant import Entry, Ready, Unavailable, first_line
+from bench.machine import Machine
+from bench.record import RecordWriter, Row, parity_facts, timed
+from bench.roofs import measure_roofs
+from bench.timing import Call, Limits, Times
+from encoder_fast.errors import BackendUnavailableError, UnsupportedModelError
+
+Racer = Callable[[Machine, Mapping[str, Sequence[Call]], Limits], dict[str, Times]]
+
+# Seconds for a whole suite. Together they keep `all` below 15 minutes on two CPU cores and below
+# 8 on a GPU, and with --quick below 3 and 2.
+_SECONDS = {
+    ("cpu", False): {"kernels": 120, "models": 430, "latency": 90, "texts": 80},
+    ("cpu", True): {"kernels": 25, "models": 60, "latency": 20, "texts": 20},
+    ("gpu", False): {"kernels": 110, "models": 190, "latency": 50, "texts": 30},
+    ("gpu", True): {"kernels": 25, "models": 35, "latency": 12, "texts": 10},
+    ("fake", True): {"kernels": 60, "models": 60, "latency": 60, "texts": 60},
+}
+
+# What building a compiled contestant may take; with less left it does not start.
+_COMPILE_SECONDS = {"cpu": 45, "gpu": 60, "fake": 0}
+
+
+@dataclass
+class Session:
+    """The state of a run.
+
+    Attributes:
+        wanted: words that a case's name must all hold; ``--filter``.
+        broken: what of ours failed or was wrong.
+    """
+
+    machine: Machine
+    writer: RecordWriter
+    quick: bool = False
+    wanted: tuple[str, ...] = ()
+    console: Console = field(default_factory=lambda: Console(highlight=False))
+    broken: list[str] = field(default_factory=list)
+    _deadline: float = float("inf")
+
+    def roofs(self) -> dict[str, float]:
+        """Measure the roofs of this run, once."""
+        roofs = self.writer.header["roofs"]
+        if not roofs:
+            roofs = measure_roofs(self.machine, seconds=3 if self.quick else 8)
+            self.writer.set_roofs(roofs)
+            text = ", ".join(
+                f"{name} {value / 1e9:,.0f} {'GB/s' if name == 'copy' else 'GFLOP/s'}"
+                for name, value in roofs.items()
+            )
+            self.console.print(f"[bold]roofs[/] {text}")
+        return roofs
+
+    def begin(self, suite: str) -> None:
+        """Start a suite and its clock."""
+        self._deadline = time.perf_counter() + _SECONDS[self.machine.kind, self.quick][suite]
+        self.console.rule(f"[bold]{suite}[/]", align="left", style="dim")
+
+    @property
+    def left(self) -> float:
+        return self._deadline - time.perf_counter()
+
+    def turn(self, suite: str, case: str, facts: dict[str, Any]) -> bool:
+        """Whether a case is to be run: it is wanted, and its suite's time is not up."""
+        if not all(word in f"{suite} {case}" for word in self.wanted):
+            return False
+        if self.left > 0:
+            return True
+        reason = "the suite's time is up"
+        self.console.print(f"[dim]{case}: {reason}[/]")
+        everybody = Row(suite, case, "everybody", False, record.SKIPPED, reason, facts)
+        self.writer.add(everybody)
+        return False
+
+    def hold(
+        self,
+        suite: str,
+        case: str,
+        facts: dict[str, Any],
+        entries: Sequence[Entry],
+        racer: Racer,
+        limits: Limits,
+        extra: Callable[[str, Ready], dict[str, Any]] | None = None,
+    ) -> None:
+        """Build everybody, check them, time those who are right, and write a row for each.
+
+        Args:
+            extra: further fields of a contestant's row, found out after the race.
+        """
+        self.console.print(f"[bold]{case}[/]")
+        base = Row(suite, case, "", ours=False, status=record.OK, facts=facts)
+        rows: dict[str, Row] = {}
+        ready: dict[str, Ready] = {}
+        for entry in entries:
+            mine = replace(base, contestant=entry.label, ours=entry.ours, sources=entry.sources)
+            built, row = self._build(entry, mine)
+            rows[entry.label] = row
+            if built is not None:
+                ready[entry.label] = built
+        # An interrupt must not cost the reasons why somebody does not run.
+        for label, row in rows.items():
+            if label not in ready:
+                self._add(row)
+        if ready:
+            times = racer(self.machine, {k: v.calls for k, v in ready.items()}, limits)
+            for label, taken in times.items():
+                more = extra(label, ready[label]) if extra else {}
+                self._add(replace(rows[label], **timed(taken), **more))
+        ready.clear()
+        self.tidy()
+
+    def _build(self, entry: Entry, row: Row) -> tuple[Ready | None, Row]:
+        def no(status: str, reason: str) -> tuple[None, Row]:
+            if status != record.SKIPPED and entry.ours:
+                self.broken.append(f"{row.case}, {row.contestant}: {reason}")
+            return None, replace(row, status=status, reason=reason)
+
+        if entry.compiles and self.left < _COMPILE_SECONDS[self.machine.kind]:
+            return no(record.SKIPPED, "too little of the suite's time is left to compile")
+        try:
+            built = entry.prepare()
+        except (Unavailable, UnsupportedModelError, BackendUnavailableError) as error:
+            # The first sentence says why; what else is supported is for a caller.
+            return no(record.SKIPPED, str(error).partition(". ")[0])
+        except Exception as error:
+            # A peer that fails must not end the run; it stands in the record with its reason.
+            return no(record.FAILED, first_line(error))
+        row = replace(row, parity=parity_facts(built.parity), memory_bytes=built.memory_bytes)
+        if not built.parity.ok:
+            found = f"error {built.parity.error:.1e} where eager has "
+            return None, no(record.WRONG, f"{found}{built.parity.original_error:.1e}")[1]
+        return built, row
+
+    def _add(self, row: Row) -> None:
+        self.writer.add(row)
+        if row.status != record.OK:
+            colour = "dim" if row.status == record.SKIPPED else "red"
+            text = escape(f"  {row.contestant}: {row.status}, {row.reason}")
+            self.console.print(text, style=colour, soft_wrap=True)
+            return
+        style = "bold green" if row.ours else ""
+        line = f"  {row.contestant:<36} {row.median * 1e3:10.3f} ms  ±{row.spread / 2:4.0%}"
+        self.console.print(line, style=style)
+
+    def tidy(self) -> None:
+        """Give memory back before the next case."""
+        gc.collect()
+        if self.machine.is_gpu:
+            torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""What is run, on a CPU, on a GPU and in miniature: one file a suite."""

@@ -1,0 +1,82 @@
+"""A head that reads the first token of each text alone, above a patched encoder.
+
+Classifiers and rerankers look at column 0 and at nothing else. While such a head runs, its encoder
+may leave out what the last layer would compute for the other tokens: they are keys and values
+there, but no output. The encoder itself can't tell, so the head is patched too and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+from encoder_fast.families import Family
+from encoder_fast.families.family import is_library_code
+
+_wanted_of: ContextVar[nn.Module | None] = ContextVar("first_token_of", default=None)
+
+
+def wants_first_token_alone(encoder: nn.Module) -> bool:
+    """Whether this call of ``encoder`` comes from a head that reads no other token."""
+    return _wanted_of.get() is encoder
+
+
+@contextmanager
+def first_token_of(encoder: nn.Module | None) -> Iterator[None]:
+    """Calls of ``encoder`` in this block, in this thread, are read at the first token alone."""
+    token = _wanted_of.set(encoder)
+    try:
+        yield
+    finally:
+        _wanted_of.reset(token)
+
+
+class HeadState:
+    """What a patched head carries: where its encoder is. It decides anew in every call."""
+
+    def __init__(self, family: Family, original: Any, encoder_name: str) -> None:
+        self.family = family
+        self.original = original
+        self._encoder_name = encoder_name
+
+    def __deepcopy__(self, memo: dict) -> HeadState:
+        return HeadState(self.family, self.original, self._encoder_name)
+
+    def attempt(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The head's own forward, as ever."""
+        forward = self.original.forward
+        if torch.compiler.is_compiling():
+            return forward(model, *args, **kwargs)
+        encoder = model._modules.get(self._encoder_name)
+        if encoder is not None and not self._is_untouched(model, encoder):
+            encoder = None
+        with first_token_of(encoder):
+            return forward(model, *args, **kwargs)
+
+    def _is_untouched(self, model: nn.Module, encoder: nn.Module) -> bool:
+        """Whether nobody but the library's own code sees what the encoder returns."""
+        if not self.family.reads_first_token_alone(self.original, model):
+            return False
+        if _has_hooks(encoder):
+            return False
+        readers = [m for name, m in model.named_children() if name != self._encoder_name]
+        readers += [m for name, m in encoder.named_children() if name == "pooler"]
+        return not any(
+            _has_hooks(module) or _is_replaced(module)
+            for reader in readers
+            for module in reader.modules()
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    cls: Any = type(module)
+    return "forward" in module.__dict__ or not is_library_code(cls.forward)

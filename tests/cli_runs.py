@@ -1,0 +1,44 @@
+"""Commands run in this process, and small models on disk for them."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from berts import tiny
+
+from encoder_fast.cli import main
+
+LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS)]
+
+
+def tiny_model(folder: Path, head: str = "BertModel", seed: int = 0, **changes: object) -> Path:
+    """A random BERT of 40 positions whose tokenizer knows letters alone."""
+    folder.mkdir(exist_ok=True)
+    model = tiny(head, seed, vocab_size=len(VOCABULARY), **changes)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BertTokenizer", "model_max_length": 40})
+    )
+    return folder
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object, stdin: bytes | None = None) -> int:
+    """Run a command in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["encoder-fast", *map(str, arguments)])
+    if stdin is not None:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The error that was printed, which must be a single line."""
+    message = capsys.readouterr().err
+    assert message.startswith("encoder-fast: ") and message.count("\n") == 1, message
+    return message

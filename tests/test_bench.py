@@ -1,0 +1,299 @@
+"""The benchmark suite runs: the GPU's commands in miniature, through Triton's interpreter.
+
+Times are never looked at; who took part, what a record holds and what stops a run are.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+pytest.importorskip("rich")
+if torch.cuda.is_available():
+    pytest.skip("a GPU is measured, not imitated", allow_module_level=True)
+
+import bench.ops
+from bench import record, roofs, timing, tune
+from bench.cli import app
+from bench.contestant import Entry, Ready, Unavailable
+from bench.machine import find_machine
+from bench.models import SIZES
+from bench.session import Session
+from bench.sources import ROOT, changed, fingerprint, fingerprints
+from bench.suites import kernels, models
+from bench.workloads import Workload
+from encoder_fast.kernels import launch_table
+from encoder_fast.kernels.row_norm import RowTile, row_class, row_tile, tile_for
+from encoder_fast.parity import ParityRow
+
+MACHINE = find_machine(fake=True)
+RIGHT = ParityRow("out", 1e-7, 1e-7, 1e-7)
+
+pytestmark = pytest.mark.xdist_group("bench")
+
+
+def run(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> record.Record:
+    """`python -m bench all` in miniature."""
+    folder = tmp_path_factory.mktemp("results")
+    run("all", "--fake", "--out", str(folder))
+    (path,) = folder.glob("*.json")
+    return record.read(path)
+
+
+def test_whole_run_reaches_its_end(whole_run: record.Record) -> None:
+    header = whole_run.header
+    assert header["finished"] and header["fake"] and header["quick"]
+    assert header["roofs"]["copy"] > 0 and header["roofs"]["fp32"] > 0
+    assert not [row for row in whole_run.rows if row.status in (record.FAILED, record.WRONG)]
+
+
+@pytest.mark.parametrize("suite", ["kernels", "models", "latency", "texts"])
+def test_every_suite_times_us_and_a_peer(whole_run: record.Record, suite: str) -> None:
+    timed = [row for row in whole_run.suite(suite) if row.status == record.OK]
+    assert any(row.ours for row in timed)
+    # no peer has texts in miniature
+    assert suite == "texts" or any(not row.ours for row in timed)
+    for row in timed:
+        assert row.seconds is not None and row.seconds["p50"] > 0
+        assert row.parity is not None and row.facts["tokens"] > 0
+        assert bool(row.sources) == row.ours
+
+
+def test_every_op_and_every_model_is_there(whole_run: record.Record) -> None:
+    ops = {row.facts["op"] for row in whole_run.suite("kernels")}
+    assert ops == set(bench.ops.OPS)
+    assert {row.facts["model"] for row in whole_run.suite("models")} == set(SIZES)
+
+
+def test_absent_peers_say_why(whole_run: record.Record) -> None:
+    skipped = {row.contestant: row for row in whole_run.rows if row.status == record.SKIPPED}
+    for peer in ("FlexAttention", "Liger LayerNorm", "torch.compile", "flashdeberta"):
+        assert skipped[peer].reason
+        assert skipped[peer].seconds is None
+
+
+def test_record_names_no_path_and_says_where_it_is_from(whole_run: record.Record) -> None:
+    text = whole_run.path.read_text("utf-8")
+    assert str(ROOT) not in text and str(Path.home()) not in text
+    machine = whole_run.header["machine"]
+    assert machine["device"] and machine["threads"] and machine["versions"]["torch"]
+    assert whole_run.header["commit"] and whole_run.header["date"] and whole_run.header["command"]
+    assert "kernels/attention.py" in whole_run.header["sources"]
+    # strictly JSON, without NaN
+    json.loads(text, parse_constant=pytest.fail)
+
+
+def test_filter_takes_words(tmp_path: Path) -> None:
+    run("kernels", "--fake", "--out", str(tmp_path), "--filter", "pool fp32")
+    (path,) = tmp_path.glob("*.json")
+    assert {row.facts["op"] for row in record.read(path).rows} == {"pool"}
+
+
+def test_miniature_never_lands_among_the_results() -> None:
+    result = CliRunner().invoke(app, ["kernels", "--fake"])
+    assert result.exit_code == 2 and "--out" in result.output
+
+
+def session(tmp_path: Path) -> Session:
+    writer = record.RecordWriter(MACHINE, "test", quick=True, folder=tmp_path)
+    made = Session(MACHINE, writer, quick=True)
+    made.begin("kernels")
+    return made
+
+
+def hold(running: Session, *entries: Entry) -> list[record.Row]:
+    limits = timing.Limits(most=2, fewest=1, seconds=1)
+    running.hold("kernels", "case", {"tokens": 1}, entries, timing.race_kernels, limits)
+    return list(record.read(running.writer.path).rows)
+
+
+def test_wrong_numbers_get_no_speed(tmp_path: Path) -> None:
+    running = session(tmp_path)
+    wrong = Ready([lambda: None], replace(RIGHT, error=1.0))
+    row, other = hold(
+        running, Entry("ours", lambda: wrong, ("kernels/",)), Entry("peer", lambda: wrong)
+    )
+    assert row.status == other.status == record.WRONG
+    assert row.seconds is None and other.seconds is None
+    assert len(running.broken) == 1 and "ours" in running.broken[0]
+
+
+def test_who_fails_does_not_end_the_run(tmp_path: Path) -> None:
+    def explode() -> Ready:
+        raise RuntimeError("out of luck\nand more")
+
+    def stay_away() -> Ready:
+        raise Unavailable("not installed")
+
+    running = session(tmp_path)
+    rows = hold(
+        running,
+        Entry("broken", explode),
+        Entry("absent", stay_away),
+        Entry("fine", lambda: Ready([lambda: None], RIGHT)),
+    )
+    found = {row.contestant: (row.status, row.reason) for row in rows}
+    assert found == {
+        "broken": ("failed", "RuntimeError: out of luck"),
+        "absent": ("skipped", "not installed"),
+        "fine": ("ok", ""),
+    }
+    assert not running.broken  # of ours nothing failed
+
+
+def test_what_was_measured_survives_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = Session.hold, []
+
+    def interrupted(self: Session, *arguments: Any, **options: Any) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Session, "hold", interrupted)
+    result = CliRunner().invoke(app, ["kernels", "--fake", "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    (path,) = tmp_path.glob("*.json")
+    kept = record.read(path)
+    assert not kept.header["finished"]
+    assert {row.case for row in kept.rows} == {calls[0][1]}
+    assert any(row.status == record.OK for row in kept.rows)
+
+
+def test_time_that_is_up_is_said(tmp_path: Path) -> None:
+    running = session(tmp_path)
+    running._deadline = 0
+    assert not running.turn("kernels", "case", {})
+    (row,) = record.read(running.writer.path).rows
+    assert (row.status, row.reason) == (record.SKIPPED, "the suite's time is up")
+
+
+def test_everybody_runs_in_turn() -> None:
+    order: list[str] = []
+    calls = {name: [lambda name=name: order.append(name)] for name in "ab"}
+    times = timing.race_kernels(MACHINE, calls, timing.Limits(most=3, fewest=3, seconds=9))
+    assert order == ["a", "b"] * 4  # the first round warms up
+    assert all(len(taken.samples) == 3 for taken in times.values())
+
+
+def test_quantiles_lie_between_samples() -> None:
+    assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert timing.quantile([0.0, 10.0], 0.2) == pytest.approx(2.0)
+
+
+def test_roof_is_the_one_that_is_reached_first() -> None:
+    measured = {"copy": 10.0, "bf16": 100.0}
+    assert roofs.roof_seconds(measured, "fp16", moved=100, operations=100) == (10.0, "memory")
+    assert roofs.roof_seconds(measured, "bf16", moved=10, operations=900) == (9.0, "arithmetic")
+    assert roofs.roof_seconds(measured, "fp32", 1, 1) is None
+
+
+@pytest.mark.parametrize("kind", ["full", "half", "squad"])
+def test_workloads(kind: str) -> None:
+    workload = Workload(kind, 64, 384)
+    assert workload.lengths == workload.lengths  # drawn the same each time
+    assert max(workload.lengths) == 384 and min(workload.lengths) > 1
+    expected = {"full": 0, "half": 0.48, "squad": 0.54}[kind]
+    assert workload.padding == pytest.approx(expected, abs=0.04)
+    with pytest.raises(ValueError, match="'quarter'"):
+        Workload("quarter", 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_grids_name_each_case_once(kind: str, quick: bool) -> None:
+    dtypes = (torch.float32, torch.bfloat16)
+    machine: Any = SimpleNamespace(
+        kind=kind, is_gpu=kind == "gpu", is_fake=False, dtypes=dtypes, backends=("cpu",)
+    )
+    names = [case.name for case in kernels.grid(machine, quick)]
+    assert names and len(set(names)) == len(names)
+    cases = [(c.name(machine), c.compiled) for c in models.grid(machine, quick)]
+    assert cases and len(set(cases)) == len(cases)
+
+
+def test_sources_ignore_comments_and_see_code(tmp_path: Path) -> None:
+    versions = {
+        "first": 'def f():\n    """Says."""\n    return 1\n',
+        "comment": "def f():\n    # why\n    return 1\n",
+        "code": "def f():\n    return 2\n",
+    }
+    found = {}
+    for name, text in versions.items():
+        (tmp_path / "a.py").write_text(text)
+        found[name] = fingerprint(tmp_path / "a.py")
+    assert found["first"] == found["comment"] != found["code"]
+
+
+def test_every_figure_of_ours_has_files_behind_it(whole_run: record.Record) -> None:
+    now = fingerprints()
+    for row in whole_run.rows:
+        for prefix in row.sources:
+            assert any(path.startswith(prefix) for path in now), prefix
+    ours = next(row for row in whole_run.suite("models") if row.ours)
+    assert changed(ours.sources, now, now) == ()
+    then = {**now, "kernels/attention.py": "other"}
+    assert changed(ours.sources, then, now) == ("kernels/attention.py",)
+
+
+def test_tuning_in_miniature(tmp_path: Path) -> None:
+    output = run("tune", "--fake", "--out", str(tmp_path), "--filter", "add_layer_norm")
+    assert "add_layer_norm N<=64, 4 bytes" in output
+    table = json.loads((tmp_path / "launch_table.json").read_text())
+    for classes in table.get(MACHINE.name, {}).values():
+        for config in classes.values():
+            assert set(config) == {"lanes", "num_warps"}
+
+
+def test_table_takes_a_winner_that_is_clearly_faster(tmp_path: Path) -> None:
+    target = tune.Target("k", "class", next(kernels.grid(MACHINE, True)), ({"lanes": 4},))
+    slow = tune.Found(target, {"default": 1.0, "lanes=4": 0.99}, {})
+    fast = tune.Found(target, {"default": 1.0, "lanes=4": 0.9}, {})
+    assert slow.winner is None
+    assert fast.winner == {"lanes": 4}
+    path = tmp_path / "table.json"
+    path.write_text('{"Other": {"k": {"class": {"lanes": 8}}}}')
+    assert tune.write_table(path, "Card", [fast])["Card"] == {"k": {"class": {"lanes": 4}}}
+    # measured again and no longer faster: it goes, what others have stays
+    assert tune.write_table(path, "Card", [slow]) == {"Other": {"k": {"class": {"lanes": 8}}}}
+
+
+def test_launchers_read_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    shape_class = row_class(768, 2)
+    assert shape_class == row_class(1024, 2) != row_class(768, 4)
+    own = row_tile(768)
+    with launch_table.forced("add_layer_norm", shape_class, {"lanes": 64, "num_warps": 2}):
+        assert tile_for("add_layer_norm", 768, 2, cpu) == RowTile(64, 2)
+        assert tile_for("embed_layer_norm", 768, 2, cpu) == own
+    assert tile_for("add_layer_norm", 768, 2, cpu) == own
+    table = {"Known": {"add_layer_norm": {shape_class: {"lanes": 16, "num_warps": 8}}}}
+    monkeypatch.setattr(launch_table, "load", lambda: table)
+    for card, expected in (("Known", RowTile(16, 8)), ("Unknown", own)):
+        monkeypatch.setattr(launch_table, "_card", lambda device, card=card: card)
+        assert tile_for("add_layer_norm", 768, 2, gpu) == expected
+
+
+def test_shipped_table_is_well_formed() -> None:
+    table = json.loads((ROOT / "kernels/launch_table.json").read_text())
+    for card in table.values():
+        assert set(card) <= {"add_layer_norm", "embed_layer_norm", "attention"}
+        for kernel in ("add_layer_norm", "embed_layer_norm"):
+            for config in card.get(kernel, {}).values():
+                assert RowTile(**config).rows >= 1

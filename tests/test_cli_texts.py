@@ -1,0 +1,682 @@
+"""``embed``, ``classify`` and ``tag``: any input to any output, and nothing half-written."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from berts import tiny
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+from cli_runs import call, one_line, tiny_model
+
+from encoder_fast import TextEncoder
+from encoder_fast.cli.records import Record, Source
+from encoder_fast.text.runner import Runner
+from encoder_fast.text.vectors import quantise
+
+pytestmark = [
+    pytest.mark.xdist_group("cli_texts"),
+    # of the encoder that the commands are compared with
+    pytest.mark.filterwarnings("ignore:.* were cut"),
+]
+
+# The fourth is longer than the model takes; the last is empty.
+TEXTS = ["a b c", "d, e", 'f "g" h', "x " * 60, "ü ß 東", "a", "h e l l o", "t e n", "i", ""]
+BLOCK = ("--block-size", 4)
+
+LABELS = {"id2label": {0: "O", 1: "B-PER", 2: "I-PER", 3: "LOC"}}
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> np.ndarray:
+    """The vectors of ``TEXTS``, with the blocks that the commands are told to make."""
+    return vectors(model, TEXTS)
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(text + "\n" for text in TEXTS), "utf-8")
+    return path
+
+
+def vectors(model: Path, texts: list[str], **options: object) -> np.ndarray:
+    encoder = TextEncoder.from_pretrained(model)
+    return np.concatenate(list(encoder.encode_stream(texts, block_size=4, **options)))
+
+
+def write_input(folder: Path, suffix: str) -> Path:
+    """``TEXTS`` under the column ``body``, with ids ``T0``, ``T1`` …"""
+    path = folder / f"in.{suffix}"
+    ids = [f"T{number}" for number in range(len(TEXTS))]
+    if suffix in ("csv", "tsv"):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
+            table.writerows([["id", "body"], *zip(ids, TEXTS, strict=True)])
+    elif suffix == "jsonl":
+        rows = [{"id": name, "body": text} for name, text in zip(ids, TEXTS, strict=True)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"id": ids, "body": TEXTS}), path, row_group_size=3)
+    return path
+
+
+def read_output(path: Path) -> tuple[list, np.ndarray]:
+    """The ids, where there are any, and the vectors."""
+    if path.suffix == ".npy":
+        return [], np.load(path)
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    values = np.array([row["embedding"] for row in rows])
+    return [row["id"] for row in rows], values.astype(np.float32)
+
+
+@pytest.mark.parametrize("to", ["npy", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
+def test_embed_from_any_format_to_any(
+    model: Path, expected: np.ndarray, tmp_path: Path, monkeypatch, capsys, suffix: str, to: str
+) -> None:
+    if to == "parquet":
+        pytest.importorskip("pyarrow")
+    source, out = write_input(tmp_path, suffix), tmp_path / f"out.{to}"
+    with_ids = () if to == "npy" else ("--id-column", "id")
+    arguments = ("embed", source, "--column", "body", *with_ids, "-m", model, "-o", out)
+    assert call(monkeypatch, *arguments, *BLOCK) == 0
+    ids, found = read_output(out)
+    assert np.array_equal(found, expected)
+    assert ids == ([] if to == "npy" else [f"T{number}" for number in range(len(TEXTS))])
+    said = capsys.readouterr()
+    assert said.out == "" and "10 records" in said.err
+    assert "1 of 10 texts were longer than 40 tokens and were cut" in said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [source.name, out.name]
+
+
+def test_embed_from_lines_to_lines(
+    model: Path, expected: np.ndarray, lines: Path, monkeypatch, capsysbinary
+) -> None:
+    """From standard input to standard output, which has nothing but results."""
+    data = lines.read_bytes()
+    assert call(monkeypatch, "embed", "-", "-m", model, "-o", "-", *BLOCK, stdin=data) == 0
+    rows = [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()]
+    assert [row["id"] for row in rows] == list(range(len(TEXTS)))
+    assert np.array_equal(np.array([row["embedding"] for row in rows], np.float32), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (("--normalize",), {"normalize": True}),
+        (("--truncate-dim", 7), {"truncate_dim": 7}),
+        (("--prompt", "q r s "), {"prompt": "q r s "}),
+        (("--long-text", "chunk"), {"long_text": "chunk"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_options_of_embed(
+    model: Path, lines: Path, tmp_path: Path, monkeypatch, arguments: tuple, options: dict
+) -> None:
+    out = tmp_path / "out.npy"
+    assert call(monkeypatch, "embed", lines, "-m", model, "-o", out, "-q", *BLOCK, *arguments) == 0
+    assert np.array_equal(np.load(out), vectors(model, TEXTS, **options))
+
+
+def test_pooling_and_dtype(model: Path, lines: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out.npy"
+    arguments = ("--pooling", "max", "--dtype", "bfloat16", *BLOCK)
+    assert call(monkeypatch, "embed", lines, "-m", model, "-o", out, *arguments) == 0
+    encoder = TextEncoder.from_pretrained(model, pooling="max", dtype="bfloat16")
+    found = np.concatenate(list(encoder.encode_stream(TEXTS, block_size=4)))
+    assert np.array_equal(np.load(out), found)
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+@pytest.mark.parametrize("to", ["npy", "jsonl", "parquet"])
+def test_precisions(
+    model: Path, expected: np.ndarray, lines: Path, tmp_path: Path, monkeypatch, precision, to
+) -> None:
+    """int8 scales by the range of all blocks, as if they were one."""
+    if to == "parquet":
+        pytest.importorskip("pyarrow")
+    out = tmp_path / f"out.{to}"
+    arguments = ("embed", lines, "-m", model, "-o", out, "--precision", precision)
+    assert call(monkeypatch, *arguments, *BLOCK) == 0
+    found = read_output(out)[1]
+    assert np.array_equal(found, quantise(expected, precision))
+    if to == "npy":
+        assert found.dtype == np.int8
+
+
+def test_an_input_without_records(model: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "none.txt").touch()
+    out = tmp_path / "out.npy"
+    assert call(monkeypatch, "embed", tmp_path / "none.txt", "-m", model, "-o", out) == 0
+    assert np.load(out).shape == (0, 48)
+
+
+def test_lines_as_they_are(tmp_path: Path) -> None:
+    """Only a newline ends a line, and an empty line is an empty text."""
+    path = tmp_path / "lines.txt"
+    path.write_bytes("\ufeffone\r\n\ntwo\u2028three\x85\nlast".encode())
+    assert [record.text for record in Source(str(path), None, None, None)] == [
+        "one",
+        "",
+        "two\u2028three\x85",
+        "last",
+    ]
+
+
+def test_csv_fields_of_several_lines(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text('n,text\r\n7,"one\r\ntwo"\r\n\r\n8,"say ""hi"""\r\n')
+    assert list(Source(str(path), None, None, "n")) == [
+        Record("7", "one\r\ntwo"),
+        Record("8", 'say "hi"'),
+    ]
+
+
+class Stop:
+    """Makes the model raise after it has run a number of batches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, batches: int, error: BaseException):
+        original = Runner.pooled
+
+        def pooled(runner: Runner, *arguments: object) -> object:
+            if self.left == 0:
+                self.left -= 1
+                raise error
+            self.left -= 1
+            return original(runner, *arguments)
+
+        self.left = batches
+        monkeypatch.setattr(Runner, "pooled", pooled)
+
+
+@pytest.mark.parametrize("to", ["npy", "jsonl", "parquet"])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_interrupted_and_resumed(
+    model: Path, lines: Path, tmp_path: Path, monkeypatch, capsys, to: str, after: int
+) -> None:
+    """The same bytes as in one go, whenever the interruption came."""
+    if to == "parquet":
+        pytest.importorskip("pyarrow")
+    arguments = ("embed", lines, "-m", model, *BLOCK)
+    whole, out = tmp_path / f"whole.{to}", tmp_path / f"out.{to}"
+    assert call(monkeypatch, *arguments, "-o", whole) == 0
+    Stop(monkeypatch, after, KeyboardInterrupt())
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments, "-o", out) == 130
+    message = one_line(capsys)
+    assert not out.exists()
+    folder = tmp_path / f"out.{to}.unfinished"
+    if after == 0:
+        assert message == "encoder-fast: interrupted\n" and not folder.exists()
+    else:
+        assert f"{4 * after} of 10 records are kept" in message
+        assert call(monkeypatch, *arguments, "-o", out) == 1
+        assert "--resume goes on with it" in one_line(capsys)
+    assert call(monkeypatch, *arguments, "-o", out, "--resume") == 0
+    said = capsys.readouterr().err
+    assert (f"going on after {4 * after} of 10" in said) == (after > 0)
+    # those of the first run count too
+    assert "1 of 10 texts" in said
+    assert out.read_bytes() == whole.read_bytes()
+    assert not folder.exists()
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def of_many(folder: Path, model: Path, *more: object) -> list[str]:
+    """The arguments of a run that takes a second or so, in ``folder``, to ``out.npy`` there."""
+    many = folder / "many.txt"
+    many.write_text("".join("a b c " * (i * 7 % 13) + "\n" for i in range(1500)))
+    out = folder / "out.npy"
+    arguments = ["embed", many, "-m", model, "-o", out, "--block-size", 20, "--threads", 1, *more]
+    return list(map(str, arguments))
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What a run that nothing interrupts writes."""
+    folder = tmp_path_factory.mktemp("whole")
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert call(monkeypatch, *of_many(folder, model, "-q")) == 0
+    torch.set_num_threads(before)
+    return (folder / "out.npy").read_bytes()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_a_process_that_is_ended(
+    model: Path, whole: bytes, tmp_path: Path, monkeypatch, how: int
+) -> None:
+    arguments = of_many(tmp_path, model)
+    command = [sys.executable, "-m", "encoder_fast.cli", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT)
+    log = tmp_path / "out.npy.unfinished" / "log"
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(how)
+    said = process.communicate(timeout=60)[1].decode()
+    assert not (tmp_path / "out.npy").exists() and log.exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert said.startswith("encoder-fast: interrupted; ") and said.count("\n") == 1, said
+    assert call(monkeypatch, *arguments, "--resume") == 0
+    assert (tmp_path / "out.npy").read_bytes() == whole
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)
+from encoder_fast.cli import main
+main()
+"""
+
+
+def test_a_full_disk(model: Path, whole: bytes, tmp_path: Path, monkeypatch, capsys) -> None:
+    """One line, what was there before is whole, and the run goes on once there is room."""
+    arguments, out = of_many(tmp_path, model, "--overwrite"), tmp_path / "out.npy"
+    out.write_bytes(b"an earlier result")
+    command = [sys.executable, "-c", LIMITED, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 1
+    assert process.stderr.startswith("encoder-fast: ") and process.stderr.count("\n") == 1
+    assert "File too large" in process.stderr and "are kept in" in process.stderr
+    assert out.read_bytes() == b"an earlier result"
+    # both: the old result is replaced, and what was kept is gone on with
+    assert call(monkeypatch, *arguments, "--resume") == 0
+    assert "going on after" in capsys.readouterr().err
+    assert out.read_bytes() == whole
+
+
+needs_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+
+
+@needs_full
+def test_a_full_standard_output(model: Path, lines: Path) -> None:
+    command = [sys.executable, "-m", "encoder_fast.cli", "embed", lines, "-m", model, "-o", "-"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.returncode == 1
+    assert process.stderr == "encoder-fast: -: No space left on device\n"
+
+
+@needs_full
+def test_a_full_device(model: Path, lines: Path, monkeypatch, capsys) -> None:
+    arguments = ("embed", lines, "-m", model, "-o", "/dev/full", "--format", "jsonl")
+    assert call(monkeypatch, *arguments) == 1
+    assert one_line(capsys) == "encoder-fast: /dev/full: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("input", "input was 10 records"),
+        ("model", "model was SHA-256"),
+        ("--normalize", "normalize was None, and is True now"),
+        ("--threads", "threads was"),
+        ("damage", "is damaged"),
+    ],
+)
+def test_resumed_with_something_else(
+    model: Path, lines: Path, tmp_path: Path, monkeypatch, capsys, change: str, message: str
+) -> None:
+    out = tmp_path / "out.npy"
+    mine = tiny_model(tmp_path / "mine")
+    arguments = ["embed", lines, "-m", mine, "-o", out, *BLOCK]
+    Stop(monkeypatch, 1, KeyboardInterrupt())
+    assert call(monkeypatch, *arguments) == 130
+    if change == "input":
+        lines.write_text(lines.read_text("utf-8").replace("h e l l o", "h e l l"), "utf-8")
+    elif change == "model":
+        tiny_model(mine, seed=1)
+    elif change == "damage":
+        (tmp_path / "out.npy.unfinished" / "run.json").write_text("{")
+    else:
+        more = [torch.get_num_threads() + 1] if change == "--threads" else []
+        arguments += [change, *more]
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments, "--resume") == 1
+    assert message in one_line(capsys)
+    # refused, and not thrown away
+    assert (tmp_path / "out.npy.unfinished" / "parts").stat().st_size > 0
+    assert call(monkeypatch, *arguments, "--overwrite") == 0
+    assert np.load(out).shape == (10, 48)
+
+
+def test_half_a_part_is_dropped(model: Path, lines: Path, tmp_path: Path, monkeypatch) -> None:
+    """What a crash of the machine may leave: bytes without a line, or half a line."""
+    whole, out = tmp_path / "whole.npy", tmp_path / "out.npy"
+    arguments = ("embed", lines, "-m", model, *BLOCK)
+    assert call(monkeypatch, *arguments, "-o", whole) == 0
+    Stop(monkeypatch, 2, KeyboardInterrupt())
+    assert call(monkeypatch, *arguments, "-o", out) == 130
+    folder = tmp_path / "out.npy.unfinished"
+    log = (folder / "log").read_text()
+    (folder / "log").write_text(log[:-5])
+    with open(folder / "parts", "ab") as parts:
+        parts.write(b"torn")
+    assert call(monkeypatch, *arguments, "-o", out, "--resume") == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_one_run_at_a_time(model: Path, lines: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    import fcntl
+
+    folder = tmp_path / "out.npy.unfinished"
+    folder.mkdir()
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert call(monkeypatch, "embed", lines, "-m", model, "-o", tmp_path / "out.npy") == 1
+        capsys.readouterr()
+        for option in ("--resume", "--overwrite"):
+            arguments = ("embed", lines, "-m", model, "-o", tmp_path / "out.npy", option)
+            assert call(monkeypatch, *arguments) == 1
+            assert "in use by another run" in one_line(capsys)
+
+
+def test_a_smaller_budget_is_kept(model: Path, lines: Path, tmp_path: Path, monkeypatch) -> None:
+    """After memory ran out, a run that goes on makes the batches that the first would have."""
+    out = tmp_path / "out.npy"
+    # the first batch fails and comes again as two; then a block, and the end
+    Stop(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    arguments = ("embed", lines, "-m", model, "-o", out, *BLOCK)
+    with monkeypatch.context() as inner:
+        Stop(inner, 3, KeyboardInterrupt())
+        assert call(monkeypatch, *arguments) == 130
+    entry = json.loads((tmp_path / "out.npy.unfinished" / "log").read_text().splitlines()[-1])
+    assert entry["tokens_per_batch"] < 4096
+    seen = []
+    original = TextEncoder.tokens_per_batch.fset
+
+    def spy(encoder: TextEncoder, tokens: int) -> None:
+        seen.append(tokens)
+        original(encoder, tokens)
+
+    monkeypatch.setattr(
+        TextEncoder, "tokens_per_batch", property(TextEncoder.tokens_per_batch.fget, spy)
+    )
+    assert call(monkeypatch, *arguments, "--resume") == 0
+    assert seen == [entry["tokens_per_batch"]]
+
+
+CSV, JSONL = "id,body\n1,good\n", '{"body": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.csv", CSV + '2,"never closed\n3,c\n', "in.csv, line 3: unexpected end of data"),
+        ("in.csv", CSV + "2,b,c\n", "in.csv, line 3: 3 fields, and the header has 2"),
+        ("in.csv", CSV + "2\n", "in.csv, line 3: 1 fields"),
+        ("in.csv", CSV.encode() + b"2,\xff\n", "in.csv, line 3: byte 0xff is not UTF-8"),
+        ("in.csv", "id,text\n1,a\n", "has no column 'body'; it has 'id', 'text'"),
+        ("in.csv", "", "is empty: a csv begins with"),
+        ("in.jsonl", JSONL + '{"body": "torn\n', "in.jsonl, line 2: no JSON"),
+        ("in.jsonl", JSONL + '{"body": 3}\n', "line 2: 'body' is a number, not a string"),
+        ("in.jsonl", JSONL + '{"body": null}\n', "line 2: 'body' is null, not a string"),
+        ("in.jsonl", JSONL + '\n"bare"\n', "line 3: a string, not an object"),
+        ("in.jsonl", JSONL + '{"text": "a"}\n', "line 2: no key 'body'; it has 'text'"),
+        ("in.jsonl", JSONL + "[" * 100_000, "line 2: no JSON"),
+        ("in.parquet", b"PAR1 and no more", "can't be read as parquet"),
+        ("in.pq", b"", "can't be read as parquet"),
+        ("in.docx", "a", "the name does not tell the format"),
+    ],
+)
+def test_broken_inputs(
+    model: Path, tmp_path: Path, monkeypatch, capsys, name: str, content: str | bytes, message: str
+) -> None:
+    if name.endswith(("parquet", "pq")):
+        pytest.importorskip("pyarrow")
+    path, out = tmp_path / name, tmp_path / "out.npy"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert call(monkeypatch, "embed", path, "--column", "body", "-m", model, "-o", out) == 1
+    assert message in one_line(capsys)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"body": [1, 2]}, "column 'body' is int64, not string"),
+        ({"body": ["a", None]}, "row 1: 'body' is null"),
+        ({"text": ["a"]}, "has no column 'body'"),
+        ({"body": ["a"], "id": [1.5]}, "the id 'id' is a number"),
+    ],
+    ids=["numbers", "null", "absent", "id"],
+)
+def test_broken_parquet(
+    model: Path, tmp_path: Path, monkeypatch, capsys, column: dict, message: str
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "in.parquet"
+    parquet.write_table(pyarrow.table(column), path)
+    ids = ("--id-column", "id") if "id" in column else ()
+    arguments = ("embed", path, "--column", "body", *ids, "-m", model, "-o", tmp_path / "o.jsonl")
+    assert call(monkeypatch, *arguments) == 1
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("embed", "nowhere.txt", "-o", "o.npy"), "nowhere.txt: No such file or directory"),
+        (("embed", ".", "-o", "o.npy"), ". is a folder"),
+        (("embed", "lines.txt", "-o", "o.npy", "--column", "body"), "lines.txt is text"),
+        (("embed", "lines.txt", "-o", "o.xyz"), "the name does not tell the format; give --format"),
+        (("embed", "lines.txt", "-o", "o.csv"), "this command has npy, jsonl, parquet"),
+        (("embed", "lines.txt", "-o", "no/o.npy"), "no such folder to write to"),
+        (("embed", "lines.txt", "-o", "-", "--format", "npy"), "can't be written to a pipe"),
+        (("embed", "lines.txt", "-o", "-", "--resume"), "--resume needs an output that is a file"),
+        (("embed", "lines.txt", "-o", "-", "--precision", "int8"), "its output is a file"),
+        (("embed", "one.txt", "-o", "o.npy", "--precision", "int8"), "the input has one record"),
+        (("embed", "in.csv", "-o", "o.npy", "--id-column", "id"), "npy has no place for ids"),
+        (("embed", "lines.txt", "-o", "there.npy"), "there.npy exists: --overwrite"),
+        (("embed", "lines.txt", "-o", "o.npy", "--long-text", "error"), "record 3 has 60 tokens"),
+        (("embed", "lines.txt", "-o", "o.npy", "--device", "cuda:9"), "--device cuda:9"),
+        (
+            ("embed", "lines.txt", "-o", "o.npy", "--prompt", "q " * 40, "--long-text", "chunk"),
+            "leaves no room for texts",
+        ),
+        (("classify", "lines.txt"), "classify needs a model …ForSequenceClassification"),
+        (("tag", "lines.txt"), "tag needs a model …ForTokenClassification"),
+        (("classify", "lines.txt", "-o", "o.npy"), "this command has jsonl, csv, parquet"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_mistakes(
+    model: Path, lines: Path, tmp_path: Path, monkeypatch, capsys, arguments: tuple, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.txt").write_text("alone\n")
+    Path("in.csv").write_text("id,text\n1,a\n")
+    Path("there.npy").write_bytes(b"before")
+    assert call(monkeypatch, *arguments, "-m", model) == 1
+    assert message in one_line(capsys)
+    assert Path("there.npy").read_bytes() == b"before"
+    assert not list(tmp_path.glob("o.*"))
+
+
+def test_models_that_can_not_be_loaded(
+    model: Path, lines: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    tiny().save_pretrained(tmp_path / "untokenised")
+    (tmp_path / "empty").mkdir()
+    damaged = tiny_model(tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"none")
+    for folder, message in (
+        ("untokenised", "no tokenizer"),
+        ("empty", "a folder with a config.json is needed"),
+        ("damaged", "--model"),
+        ("./absent", "no such folder"),
+    ):
+        name = folder if folder.startswith(".") else tmp_path / folder
+        assert call(monkeypatch, "embed", lines, "-m", name, "-o", tmp_path / "o.npy") == 1
+        assert message in one_line(capsys)
+
+
+def test_a_model_without_a_fast_path(
+    model: Path, lines: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """It runs and says so; with a backend by name it is an error."""
+    import transformers
+
+    folder = tmp_path / "squeeze"
+    sizes = {"hidden_size": 32, "embedding_size": 32, "num_hidden_layers": 1}
+    config = transformers.SqueezeBertConfig(
+        vocab_size=60, num_attention_heads=4, intermediate_size=32, **sizes
+    )
+    transformers.SqueezeBertModel(config).save_pretrained(folder)
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (folder / name).write_bytes((model / name).read_bytes())
+    arguments = ("embed", lines, "-m", folder, "-o", tmp_path / "out.npy")
+    assert call(monkeypatch, *arguments, "--backend", "reference") == 1
+    assert "SqueezeBertModel" in one_line(capsys)
+    assert call(monkeypatch, *arguments) == 0
+    assert "note: SqueezeBertModel runs its own padded forward" in capsys.readouterr().err
+
+
+def test_without_pyarrow(model: Path, lines: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "in.parquet").touch()
+    for source, out in ((lines, "out.parquet"), (tmp_path / "in.parquet", "out.npy")):
+        assert call(monkeypatch, "embed", source, "-m", model, "-o", tmp_path / out) == 1
+        assert "pip install 'encoder-fast[parquet]'" in one_line(capsys)
+
+
+def test_a_vector_that_is_not_finite(
+    model: Path, lines: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    original = Runner.pooled
+
+    def overflowing(runner: Runner, rows: list, mode: str) -> torch.Tensor:
+        out = original(runner, rows, mode).clone()
+        out[[len(row.ids) == 5 for row in rows]] = float("inf")
+        return out
+
+    monkeypatch.setattr(Runner, "pooled", overflowing)
+    assert call(monkeypatch, "embed", lines, "-m", model, "-o", tmp_path / "o.npy", *BLOCK) == 1
+    assert "vector of record 0 is not finite" in one_line(capsys)
+
+
+def read_table(path: Path) -> list[dict]:
+    if path.suffix == ".csv":
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+
+
+@pytest.mark.parametrize("to", ["jsonl", "csv", "parquet"])
+def test_classify(tmp_path: Path, monkeypatch, to: str) -> None:
+    folder = tiny_model(tmp_path / "model", "BertForSequenceClassification", **LABELS)
+    out = tmp_path / f"out.{to}"
+    source = write_input(tmp_path, "csv")
+    arguments = ("classify", source, "--column", "body", "--id-column", "id", "-m", folder)
+    if to == "parquet":
+        pytest.importorskip("pyarrow")
+    assert call(monkeypatch, *arguments, "-o", out, *BLOCK) == 0
+    encoder = TextEncoder.from_pretrained(folder)
+    blocks = encoder.classify_stream(TEXTS, block_size=4)
+    expected = [found for block in blocks for found in block]
+    rows = read_table(out)
+    assert [row["id"] for row in rows] == [f"T{number}" for number in range(len(TEXTS))]
+    for row, found in zip(rows, expected, strict=True):
+        assert row["label"] == found.label and float(row["probability"]) == found.probability
+        if to == "csv":
+            given = {name: float(row[f"p({name})"]) for name in found.probabilities}
+        else:
+            given = row["probabilities"]
+            assert row["labels"] == list(found.labels)
+        assert given == found.probabilities
+
+
+@pytest.mark.parametrize("to", ["jsonl", "csv", "parquet"])
+def test_tag(tmp_path: Path, monkeypatch, to: str) -> None:
+    folder = tiny_model(tmp_path / "model", "BertForTokenClassification", **LABELS)
+    out = tmp_path / f"out.{to}"
+    if to == "parquet":
+        pytest.importorskip("pyarrow")
+    source = write_input(tmp_path, "jsonl")
+    arguments = ("tag", source, "--column", "body", "-m", folder, "-o", out, *BLOCK)
+    assert call(monkeypatch, *arguments) == 0
+    blocks = TextEncoder.from_pretrained(folder).tag_stream(TEXTS, block_size=4)
+    expected = [
+        (number, entity.label, entity.text, entity.start, entity.stop, entity.probability)
+        for number, found in enumerate(found for block in blocks for found in block)
+        for entity in found
+    ]
+    assert len(expected) > 3
+    rows = read_table(out)
+    if to == "csv":
+        given = [
+            (
+                *(int(row["id"]), row["label"], row["text"]),
+                *(int(row["start"]), int(row["stop"]), float(row["probability"])),
+            )
+            for row in rows
+        ]
+    else:
+        assert len(rows) == len(TEXTS)
+        given = [(row["id"], *entity.values()) for row in rows for entity in row["entities"]]
+    assert given == expected
+    for number, _, text, start, stop, _ in given:
+        assert TEXTS[number][start:stop] == text
+
+
+def test_odd_ids(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Half of a surrogate pair is written as it came; ids of two kinds don't fit parquet."""
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"id": "\\ud800 ü", "text": "a \\udc00"}\n{"id": 7, "text": "b"}\n')
+    arguments = ("embed", path, "--id-column", "id", "-m", model)
+    assert call(monkeypatch, *arguments, "-o", out) == 0
+    assert read_output(out)[0] == ["\ud800 ü", 7]
+    pytest.importorskip("pyarrow")
+    path.write_text('{"id": "one", "text": "a"}\n{"id": 7, "text": "b"}\n')
+    capsys.readouterr()
+    assert call(monkeypatch, *arguments, "-o", tmp_path / "out.parquet") == 1
+    assert "the ids don't fit one column of parquet" in one_line(capsys)
+
+
+def test_a_terminal_sees_progress(model: Path, lines: Path, tmp_path: Path, monkeypatch) -> None:
+    shown = []
+    monkeypatch.setattr(
+        sys, "stderr", SimpleNamespace(isatty=lambda: True, write=shown.append, flush=lambda: None)
+    )
+    arguments = ("embed", lines, "-m", model, *BLOCK)
+    assert call(monkeypatch, *arguments, "-o", tmp_path / "out.npy") == 0
+    assert "10/10" in "".join(shown)
+    shown.clear()
+    assert call(monkeypatch, *arguments, "-o", tmp_path / "quiet.npy", "--quiet") == 0
+    assert shown == []

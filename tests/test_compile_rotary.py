@@ -1,0 +1,70 @@
+"""The launch configurations of the rotary kernel, compiled for cards that are not there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from triton_compile import ARCHS, CompileCase, CompileReport, compile_cases, problems
+
+from encoder_fast.kernels.rotary import head_tile
+
+HEAD_DIMS = (16, 32, 64, 96, 128)
+
+
+def case_of(head_dim: int, dtype: str, arch: int) -> CompileCase:
+    tile = head_tile(head_dim)
+    return CompileCase(
+        name=f"D{head_dim}-{dtype}-sm_{arch}",
+        kernel="encoder_fast.kernels.rotary:rotary_kernel",
+        signature={
+            "p_qkv": f"*{dtype}:16",
+            "p_cos": "*fp32:16",
+            "p_sin": "*fp32:16",
+            "total": "i32",
+        },
+        constexprs={
+            "H": 12,
+            "HALF_DIM": head_dim // 2,
+            "BLOCK_M": tile.rows,
+            "BLOCK_D": tile.block_d,
+        },
+        num_warps=tile.num_warps,
+        num_stages=3,
+        arch=arch,
+    )
+
+
+def cases_for(arch: int) -> list[CompileCase]:
+    half = "fp16" if arch in (80, 90) else "bf16"
+    return [case_of(head_dim, dtype, arch) for head_dim in HEAD_DIMS for dtype in (half, "fp32")]
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, CompileReport]:
+    return compile_cases([case for arch in ARCHS for case in cases_for(arch)])
+
+
+def shortcomings(case: CompileCase, report: CompileReport) -> list[str]:
+    found = problems(report, case.arch)
+    accesses = re.findall(r"\b(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.b(\d+) ", report.ptx)
+    narrow = [a for a in accesses if int(a[0] or 1) * int(a[1]) < 128]
+    if not accesses or narrow:
+        found.append(f"{len(narrow)} of {len(accesses)} accesses are narrower than 16 bytes")
+    if report.shared_bytes or "bar.sync" in report.ptx:
+        found.append("threads wait for one another")
+    if report.registers > 64:
+        found.append(f"uses {report.registers} registers, 64 leave room for 32 warps")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("compile_rotary")
+@pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
+def test_shipped_configurations_fit_the_card(reports: dict[str, CompileReport], arch: int) -> None:
+    wrong = [
+        f"{case.name}: {line}"
+        for case in cases_for(arch)
+        for line in shortcomings(case, reports[case.name])
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,185 @@
+"""The Triton kernel of disentangled attention against float64, each sequence by itself.
+
+The same bodies run on the GPU where there is one, and through Triton's interpreter elsewhere. Every
+input lies in a buffer that is NaN around it, and every output starts as NaN, so a row read or left
+out by mistake shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from disentangled_oracle import Problem, problem, spread
+from torch import Tensor
+
+from encoder_fast.kernels import disentangled_attention as kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Tiles are 32 keys by 32 or 64 queries: lengths on and to either side of their edges, and empty
+# sequences at the front, inside and at the end.
+LENGTHS = {
+    "short": (0, 1, 15, 16, 17, 0, 0, 31, 32, 2, 0),
+    "long": (63, 64, 0, 65, 33, 1, 0),
+    "longer": (127, 0, 129),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def empty_of_nan(*size: object, **options: object) -> Tensor:
+        return empty(*size, **options).fill_(float("nan"))  # type: ignore[call-overload]
+
+    monkeypatch.setattr(kernel.torch, "empty", empty_of_nan)
+
+
+def name_of(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def run(one: Problem) -> Tensor:
+    return kernel.disentangled_attention(*one.arguments)
+
+
+@pytest.mark.parametrize("terms", ("c2p+p2c", "c2p", "p2c"))
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_lengths_and_terms(lengths: tuple[int, ...], terms: str) -> None:
+    # Three heads: not a power of two. Five rows of tail: less than a tile.
+    one = problem(lengths, torch.float16, heads=3, terms=terms, tail=5, device=DEVICE)
+    one.check(run(one))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("head_dim", (16, 32, 64, 96, 128), ids=lambda head_dim: f"D{head_dim}")
+def test_head_sizes(head_dim: int, dtype: torch.dtype) -> None:
+    one = problem((40, 0, 66), dtype, heads=1, head_dim=head_dim, device=DEVICE)
+    one.check(run(one))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_cards_with_less_shared_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # They take tiles of 32 queries for long sequences too.
+    monkeypatch.setattr(kernel, "shared_memory", lambda device: 99 * 1024)
+    for terms in ("c2p+p2c", "c2p", "p2c"):
+        one = problem((97, 0, 33, 64), dtype, terms=terms, device=DEVICE)
+        one.check(run(one))
+
+
+@pytest.mark.parametrize(
+    ("span", "buckets", "end"),
+    ((256, 256, 512), (8, 8, 20), (200, 0, 0), (20, 0, 0), (1, 0, 0)),
+    ids=("v3", "log", "clamped-beyond", "clamped", "one-row-each-way"),
+)
+def test_spans(span: int, buckets: int, end: int) -> None:
+    one = problem(
+        (150, 20), torch.float32, span=span, buckets=buckets, max_distance=end, device=DEVICE
+    )
+    one.check(run(one))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+def test_long_sequence(dtype: torch.dtype) -> None:
+    # Eleven key tiles: positions are carried from one to the next.
+    one = problem((340,), dtype, heads=1, device=DEVICE)
+    one.check(run(one))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes minutes in the interpreter")
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_longest_sequence_among_short_ones(dtype: torch.dtype) -> None:
+    one = problem(
+        *((3, 4096, 0, 700, 2047), dtype),
+        **{"heads": 12, "head_dim": 64, "span": 256, "buckets": 256, "max_distance": 512},
+        **{"tail": 100, "device": DEVICE},
+    )
+    one.check(run(one))
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    ((64, 64, 64), (40, 40), (150, *[2] * 20), (150, *[0] * 20, 70), (1,) * 30),
+    ids=("plain", "plain-part", "slots", "slots-empty", "ones"),
+)
+def test_every_way_to_cut_the_tokens(lengths: tuple[int, ...]) -> None:
+    one = problem(lengths, torch.float16, heads=1, device=DEVICE)
+    one.check(run(one))
+
+
+@pytest.mark.parametrize("tail", (0, 1, 300))
+@pytest.mark.parametrize("lengths", ((), (0,), (0, 0, 0), (40, 3)), ids=("B0", "B1", "B3", "two"))
+def test_tokens_of_no_sequence_are_zero(lengths: tuple[int, ...], tail: int) -> None:
+    one = problem(lengths, torch.float16, tail=tail, device=DEVICE)
+    one.check(run(one))
+
+
+def test_max_seqlen_may_be_larger_than_any_sequence() -> None:
+    # As when a bucket of a CUDA graph stands in for the batch: empty tiles behind every sequence.
+    one = problem((5, 0, 70), torch.float16, device=DEVICE)
+    expected = run(one)
+    arguments = list(one.arguments)
+    arguments[-2] = 512
+    assert torch.equal(kernel.disentangled_attention(*arguments), expected)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=name_of)
+def test_strides(dtype: torch.dtype) -> None:
+    one = problem((70, 9), dtype, heads=3, device=DEVICE)
+    spread(one).check(run(spread(one)))
+    # No row starts at a multiple of 16 bytes, and the strides all differ.
+    moved = {}
+    for pad, name in enumerate(("q", "k", "v", "pos_key", "pos_query"), start=1):
+        x = getattr(one, name)
+        rows = torch.full((len(x), x[0].numel() + 2 * pad - 1), float("nan")).to(x)
+        rows[:, 1 - pad % 2 : x[0].numel() + 1 - pad % 2] = x.flatten(1)
+        moved[name] = rows[:, 1 - pad % 2 : x[0].numel() + 1 - pad % 2].unflatten(1, x.shape[1:])
+    one = replace(one, **moved)
+    one.check(run(one))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("kind", ("large", "all-negative", "all-positive"))
+def test_extreme_scores(kind: str, dtype: torch.dtype) -> None:
+    one = problem((66, 5), dtype, heads=4, device=DEVICE)
+    if kind == "large":
+        # Scores of some hundreds: most weights are 0, a few decide.
+        one = replace(one, q=one.q * 8, k=one.k * 8)
+    else:
+        # Had a masked key a score of 0, it would win in the one case; exp would overflow in the
+        # other without the maximum.
+        sign = 10 if kind == "all-positive" else -10
+        one = replace(one, q=one.q * 0.01 + 10, k=one.k * 0.01 + sign)
+    one.check(run(one))
+
+
+@pytest.mark.parametrize("intruder", (float("nan"), float("inf")), ids=str)
+@pytest.mark.parametrize("lengths", ((20, 31, 7), (40, 70, 33)), ids=("short", "long"))
+def test_sequences_do_not_see_each_other(lengths: tuple[int, ...], intruder: float) -> None:
+    one = problem(lengths, torch.float16, heads=1, tail=0, device=DEVICE)
+    before = run(one)
+    begin, end = lengths[0], lengths[0] + lengths[1]
+    outside = torch.ones(len(before), dtype=torch.bool, device=DEVICE)
+    outside[begin:end] = False
+    for x in (one.v, one.k, one.q):
+        x[begin:end] = intruder
+        after = run(one)
+        assert torch.equal(after[outside], before[outside])
+        assert not after[begin:end].isfinite().any()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no device to wait for")
+def test_never_waits_for_the_device() -> None:
+    one = problem((5, 0, 70), torch.float16, head_dim=64, device=DEVICE)
+    arguments = one.arguments
+    kernel.disentangled_attention(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel.disentangled_attention(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
