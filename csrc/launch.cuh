@@ -91,15 +91,22 @@ void launch(void (*kernel)(Params), const LaunchShape& shape, const Params& para
     check(cudaGetLastError(), what);
 }
 
-struct DeviceScope {
-    int before = 0;
-
-    explicit DeviceScope(int device) {
-        check(cudaGetDevice(&before), "cudaGetDevice");
-        if (device >= 0 && device != before) check(cudaSetDevice(device), "cudaSetDevice");
+class DeviceScope {
+  public:
+    explicit DeviceScope(int device) : device_(device) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (changes()) check(cudaSetDevice(device), "cudaSetDevice");
     }
     DeviceScope(const DeviceScope&) = delete;
-    ~DeviceScope() { cudaSetDevice(before); }
+    ~DeviceScope() {
+        if (changes()) cudaSetDevice(before_);
+    }
+
+  private:
+    bool changes() const { return device_ >= 0 && device_ != before_; }
+
+    int device_;
+    int before_ = 0;
 };
 
 #endif

@@ -205,6 +205,19 @@ def test_constant_rows(kernels, N, dtype):
     check(kernels, x, None, random(N, dtype=dtype), random(N, dtype=dtype))
 
 
+# Rows that share a warp, that have one each, and that have several.
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("N", [64, 384, 1000, 2560], ids="N{}".format)
+def test_a_row_that_is_not_finite_stays_alone(kernels, N, bad):
+    x = random(9, N, dtype=torch.float16)
+    expected = kernels.add_layer_norm(x, None, None, None, 1e-12, None)
+    x[4, N // 2] = bad
+    out = kernels.add_layer_norm(x, None, None, None, 1e-12, None)
+    assert out[4].isnan().all()
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(out[others], expected[others])
+
+
 # A deviation of 0.001 makes an epsilon of 1e-5 ten times the variance.
 @pytest.mark.parametrize("eps", [1e-12, 1e-5])
 def test_epsilon(kernels, eps):
