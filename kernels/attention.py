@@ -31,6 +31,7 @@ import functools
 import math
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -129,7 +130,7 @@ def shape_class(head_dim: int, dtype: torch.dtype, config: AttentionConfig) -> s
 
 
 @functools.cache
-def _with_fields(config: AttentionConfig, fields: tuple[tuple[str, int], ...]) -> AttentionConfig:
+def _with_fields(config: AttentionConfig, fields: tuple[tuple[str, Any], ...]) -> AttentionConfig:
     return replace(config, **dict(fields))
 
 
