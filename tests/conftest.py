@@ -1,6 +1,7 @@
 """What every test relies on: where kernels run, and that nothing reaches for the network."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     repair_interpreter()
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+# A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

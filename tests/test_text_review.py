@@ -6,7 +6,6 @@ import json
 import pickle
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,17 +198,26 @@ def test_ctrl_c_drops_what_has_not_begun(
     """While the main thread waits for the tokenizer, only the block it is at is waited for."""
     begun = []
     original = encoder._pipeline.tokeniser.tokens
+    interrupted = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
 
     def slow(texts: list[str], **options: object) -> object:
         begun.append(len(texts))
         if len(begun) == 2:
-            threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
-            time.sleep(0.5)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            assert interrupted.wait(60)
         return original(texts, **options)
 
     monkeypatch.setattr(encoder._pipeline.tokeniser, "tokens", slow)
-    with pytest.raises(KeyboardInterrupt):
-        encoder.encode(f"text {i}" for i in itertools.count())
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            encoder.encode(f"text {i}" for i in itertools.count())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(begun) == 2 and not _threads()
 
 
