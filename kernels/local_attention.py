@@ -53,8 +53,7 @@ _HALF = LocalAttentionConfig(64, 64, 4, 2)
 _HALF_SMALL = LocalAttentionConfig(64, 32, 4, 2)
 
 # float32 keeps more of it in registers still; what spills depends on the card.
-_FLOAT32 = LocalAttentionConfig(16, 32, 4, 2)
-_FLOAT32_WIDE_HEAD = LocalAttentionConfig(16, 16, 4, 2)
+_FLOAT32 = LocalAttentionConfig(16, 16, 4, 2)
 _FLOAT32_WIDE_HEAD_SMALL = LocalAttentionConfig(16, 32, 8, 2)
 
 
@@ -62,9 +61,7 @@ def choose_config(head_dim: int, dtype: torch.dtype, shared_memory: int) -> Loca
     small = shared_memory < LARGE_SHARED_MEMORY
     if dtype != torch.float32:
         return _HALF_SMALL if small else _HALF
-    if head_dim <= 64:
-        return _FLOAT32
-    return _FLOAT32_WIDE_HEAD_SMALL if small else _FLOAT32_WIDE_HEAD
+    return _FLOAT32_WIDE_HEAD_SMALL if small and head_dim > 64 else _FLOAT32
 
 
 # As in attention.py, nothing that changes from batch to batch is specialised on.
