@@ -328,13 +328,17 @@ def test_huge_scores_still_give_a_mean_of_values(kernel: ModuleType, dtype: torc
         assert bool((out.abs() <= v.abs().max() + step).all())
 
 
+@pytest.mark.parametrize("scale", (0.125, 2.0))
 @pytest.mark.parametrize("length", (70, 200, 300))
-def test_keys_that_score_minus_infinity_get_no_weight(kernel: ModuleType, length: int) -> None:
-    # All keys of the tile that goes first: what follows must not come out as NaN.
+def test_keys_that_score_minus_infinity_get_no_weight(
+    kernel: ModuleType, length: int, scale: float
+) -> None:
+    # All keys of the tile that goes first: what follows must not come out as NaN. A scale above 1
+    # takes the lowest finite number beyond the range too.
     q, k, v = random_qkv(length, 0, 1, 64, torch.float16).unbind(1)
     q.abs_()
     k[length - length % 64 :] = float("-inf")
-    assert_as_good_as_eager(kernel, q, k, v, (length,))
+    assert_as_good_as_eager(kernel, q, k, v, (length,), scale)
 
 
 @pytest.mark.parametrize("intruder", (float("nan"), float("inf")), ids=str)
