@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from attention_oracle import cumulated, name_of, random_qkv, softmax_attention
 from kernel_backends import DEVICE, kernel_backends
 from torch import Tensor
 
@@ -52,34 +53,6 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
 
     monkeypatch.setattr(torch, "empty", empty_of_nan)
     return backend
-
-
-def name_of(value: object) -> str | None:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-def cumulated(lengths: tuple[int, ...]) -> Tensor:
-    ends = list(itertools.accumulate(lengths, initial=0))
-    return torch.tensor(ends, dtype=torch.int32, device=DEVICE)
-
-
-def random_qkv(total: int, tail: int, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """(total + tail, 3, H, D), NaN in the tail and in 64 rows to either side of the view."""
-    buffer = torch.full((64 + total + tail + 64, 3, heads, head_dim), float("nan"), dtype=dtype)
-    buffer[64 : 64 + total] = torch.randn(total, 3, heads, head_dim).to(dtype)
-    return buffer.to(DEVICE)[64 : 64 + total + tail]
-
-
-def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, dtype: torch.dtype
-) -> Tensor:
-    """Every sequence by itself, each step in `dtype`; zeros for the rows behind the last."""
-    out = torch.zeros(q.shape, dtype=dtype, device=q.device)
-    for begin, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
-        b_q, b_k, b_v = (x[begin:end].to(dtype).transpose(0, 1) for x in (q, k, v))
-        weights = (b_q @ b_k.transpose(1, 2) * scale).softmax(-1)
-        out[begin:end] = (weights @ b_v).transpose(0, 1)
-    return out
 
 
 def assert_as_good_as_eager(
@@ -328,13 +301,17 @@ def test_huge_scores_still_give_a_mean_of_values(kernel: ModuleType, dtype: torc
         assert bool((out.abs() <= v.abs().max() + step).all())
 
 
+@pytest.mark.parametrize("scale", (0.125, 2.0))
 @pytest.mark.parametrize("length", (70, 200, 300))
-def test_keys_that_score_minus_infinity_get_no_weight(kernel: ModuleType, length: int) -> None:
-    # All keys of the tile that goes first: what follows must not come out as NaN.
+def test_keys_that_score_minus_infinity_get_no_weight(
+    kernel: ModuleType, length: int, scale: float
+) -> None:
+    # All keys of the tile that goes first: what follows must not come out as NaN. A scale above 1
+    # takes the lowest finite number beyond the range too.
     q, k, v = random_qkv(length, 0, 1, 64, torch.float16).unbind(1)
     q.abs_()
     k[length - length % 64 :] = float("-inf")
-    assert_as_good_as_eager(kernel, q, k, v, (length,))
+    assert_as_good_as_eager(kernel, q, k, v, (length,), scale)
 
 
 @pytest.mark.parametrize("intruder", (float("nan"), float("inf")), ids=str)

@@ -21,10 +21,9 @@ BACKENDS = [
     *kernel_backends(),
 ]
 
-
-# attention in float32 has no CUDA kernel
 # The CUDA kernels have neither windows nor biases nor rotary positions.
 WITH_OPTIONS = [name for name in BACKENDS if "cuda" not in name]
+# Nor has their attention float32.
 WITH_DTYPES = [(name, dtype) for name in BACKENDS for dtype in DTYPES]
 ATTENTION = [(n, d) for n, d in WITH_DTYPES if not (n.startswith("cuda") and d == "fp32")]
 

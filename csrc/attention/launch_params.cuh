@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <string>
+
 #include "attention.h"
 #include "ptx.cuh"
 
@@ -13,6 +15,13 @@ struct AttentionLaunch : AttentionArguments {
     int tiles_per_sequence;  // of the regular grid
     bool listed;             // take tiles from the list instead
 };
+
+// For messages.
+inline std::string describe(const AttentionArguments& a) {
+    return "attention of " + std::to_string(a.total) + " tokens in " + std::to_string(a.batch) +
+           " sequences of at most " + std::to_string(a.max_seqlen) + ", " +
+           std::to_string(a.heads) + " heads of " + std::to_string(a.head_dim);
+}
 
 // One head, from a row on. Offsets need 64 bits: a row may lie beyond 2^31 elements.
 template <class Element>

@@ -22,12 +22,6 @@ constexpr bool kSinglePass = false;
 template <class Element, int... kSizes>
 constexpr bool kSinglePass<OneTileTraits<Element, kSizes...>> = true;
 
-inline std::string describe(const AttentionArguments& a) {
-    return "attention of " + std::to_string(a.total) + " tokens in " + std::to_string(a.batch) +
-           " sequences of at most " + std::to_string(a.max_seqlen) + ", " +
-           std::to_string(a.heads) + " heads of " + std::to_string(a.head_dim);
-}
-
 inline int longest_sequence(const AttentionArguments& a) {
     const int longest = a.max_seqlen < a.total ? a.max_seqlen : a.total;
     return longest > 1 ? longest : 1;
@@ -70,10 +64,7 @@ void launch_attention(const AttentionArguments& arguments, Stream stream) {
     // Without sequences there are still rows to clear.
     if (blocks == 0) blocks = 1;
 
-    if (p.listed) {
-        launch(list_tiles_kernel<AttentionLaunch>, {1, kListThreads, kListSharedBytes}, p, stream,
-               "list of tiles for " + describe(arguments));
-    }
+    if (p.listed) list_tiles(p, stream);
     void (*kernel)(AttentionLaunch);
     if constexpr (kSinglePass<Traits>) {
         kernel = one_tile_kernel<Traits>;
