@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from encoder_fast.backends import linears
 from encoder_fast.backends.linears import (
-    feed_forward_prepared,
+    Activation,
+    PreparedFeedForward,
     linear,
     linear_prepared,
     prepare_feed_forward,
@@ -20,6 +22,7 @@ from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
 from encoder_fast.kernels import disentangled_attention as disentangled_attention_kernel
 from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
+from encoder_fast.kernels import gated as gated_kernel
 from encoder_fast.kernels import local_attention as local_attention_kernel
 from encoder_fast.kernels import rotary as rotary_kernel
 
@@ -121,3 +124,13 @@ def embed_layer_norm(
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     rotary_kernel.rotary(qkv, cos, sin)
+
+
+def feed_forward_prepared(
+    x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
+) -> Tensor:
+    if not prepared.gated or activation not in gated_kernel.ACTIVATIONS:
+        return linears.feed_forward_prepared(x, prepared, activation)
+    ((w_in, w_out),) = prepared.slices
+    inner = gated_kernel.gated(linear_prepared(x, w_in, None), activation)
+    return linear_prepared(inner, w_out, None)

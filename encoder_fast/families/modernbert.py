@@ -45,16 +45,15 @@ def read(model: Any) -> EncoderSpec:
 
 
 def facts(model: Any) -> tuple:
-    """Layers of transformers 4 share the angles of equal rotary embeddings: their buffers count."""
-    own = () if _has_shared_rotary(model) else model.layers
-    return (
-        *family.facts(model),
-        getattr(model.config, "local_attention", None),
-        *(
-            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
-            for buffer in (layer.attn.rotary_emb.inv_freq for layer in own)
-        ),
-    )
+    """Which layers are local; and layers of transformers 4 share the angles of equal rotary
+    embeddings, so their buffers count."""
+    if _has_shared_rotary(model):
+        kinds: list[Any] = [layer.attention_type for layer in model.layers]
+    else:
+        buffers = [layer.attn.rotary_emb.inv_freq for layer in model.layers]
+        kinds = [layer.attn.local_attention for layer in model.layers]
+        kinds += [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers]
+    return (*family.facts(model), getattr(model.config, "local_attention", None), *kinds)
 
 
 def _has_shared_rotary(model: Any) -> bool:

@@ -63,7 +63,8 @@ def rotary_tables(position_ids: Tensor, inverse_frequencies: Tensor) -> tuple[Te
         position_ids: integers ``(total,)``.
         inverse_frequencies: ``(D / 2,)``. The angles are float32, as transformers computes them.
     """
-    angles = position_ids.unsqueeze(1).float() * inverse_frequencies.float()
+    frequencies = inverse_frequencies.to(position_ids.device, torch.float32)
+    angles = position_ids.unsqueeze(1).float() * frequencies
     return angles.cos(), angles.sin()
 
 

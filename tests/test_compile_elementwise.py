@@ -1,4 +1,4 @@
-"""The launch configurations of the rotary kernel, compiled for cards that are not there."""
+"""The launch configurations of the elementwise kernels, compiled for cards that are not there."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import re
 import pytest
 from triton_compile import ARCHS, CompileCase, CompileReport, compile_cases, problems
 
+from encoder_fast.kernels import gated
 from encoder_fast.kernels.rotary import head_tile
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
 
+# ModernBERT-base and -large; the second is no multiple of the tile.
+GATED_WIDTHS = (1152, 2624)
 
-def case_of(head_dim: int, dtype: str, arch: int) -> CompileCase:
+
+def rotary_case(head_dim: int, dtype: str, arch: int) -> CompileCase:
     tile = head_tile(head_dim)
     return CompileCase(
-        name=f"D{head_dim}-{dtype}-sm_{arch}",
+        name=f"rotary-D{head_dim}-{dtype}-sm_{arch}",
         kernel="encoder_fast.kernels.rotary:rotary_kernel",
         signature={
             "p_qkv": f"*{dtype}:16",
@@ -35,9 +39,30 @@ def case_of(head_dim: int, dtype: str, arch: int) -> CompileCase:
     )
 
 
+def gated_case(N: int, activation: str, dtype: str, arch: int) -> CompileCase:
+    return CompileCase(
+        name=f"gated-N{N}-{activation}-{dtype}-sm_{arch}",
+        kernel="encoder_fast.kernels.gated:gated_kernel",
+        signature={"p_x": f"*{dtype}:16", "p_out": f"*{dtype}:16", "M": "i32"},
+        constexprs={
+            "N": N,
+            "ACTIVATION": activation,
+            "BLOCK_M": gated.BLOCK_M,
+            "BLOCK_N": gated.BLOCK_N,
+        },
+        num_warps=gated.NUM_WARPS,
+        num_stages=3,
+        arch=arch,
+    )
+
+
 def cases_for(arch: int) -> list[CompileCase]:
     half = "fp16" if arch in (80, 90) else "bf16"
-    return [case_of(head_dim, dtype, arch) for head_dim in HEAD_DIMS for dtype in (half, "fp32")]
+    cases = [
+        rotary_case(head_dim, dtype, arch) for head_dim in HEAD_DIMS for dtype in (half, "fp32")
+    ]
+    cases += [gated_case(N, "gelu", dtype, arch) for N in GATED_WIDTHS for dtype in (half, "fp32")]
+    return [*cases, *(gated_case(1152, name, half, arch) for name in ("gelu_tanh", "relu"))]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +84,7 @@ def shortcomings(case: CompileCase, report: CompileReport) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compile_rotary")
+@pytest.mark.xdist_group("compile_elementwise")
 @pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
 def test_shipped_configurations_fit_the_card(reports: dict[str, CompileReport], arch: int) -> None:
     wrong = [
