@@ -63,6 +63,31 @@ def _linear_moved(case: OpCase) -> int:
     return (tokens * (hidden + inner) + hidden * inner) * case.dtype.itemsize
 
 
+def _feed_forward_inputs(case: OpCase, device: torch.device) -> Inputs:
+    hidden, inner = case.width.hidden, case.width.inner
+    x = torch.randn(case.workload.tokens, hidden, device=device)
+    w_in = torch.randn(2 * inner, hidden, device=device) * hidden**-0.5
+    w_out = torch.randn(hidden, inner, device=device) * inner**-0.5
+    return {k: v.to(case.dtype) for k, v in (("x", x), ("w_in", w_in), ("w_out", w_out))}
+
+
+def _feed_forward_ours(inputs: Inputs, backend: str) -> Call:
+    prepared = linear.prepare_feed_forward(
+        inputs["w_in"], None, inputs["w_out"], None, "gelu", True, backend
+    )
+    return lambda: linear.run_feed_forward(inputs["x"], prepared, "gelu", backend)
+
+
+def _feed_forward_eager(inputs: Inputs) -> Tensor:
+    features, gate = F.linear(inputs["x"], inputs["w_in"]).chunk(2, dim=-1)
+    return F.linear(F.gelu(features) * gate, inputs["w_out"])
+
+
+def _feed_forward_moved(case: OpCase) -> int:
+    hidden, inner = case.width.hidden, case.width.inner
+    return (2 * case.workload.tokens + 3 * inner) * hidden * case.dtype.itemsize
+
+
 def _embed_inputs(case: OpCase, device: torch.device) -> Inputs:
     hidden, total = case.width.hidden, case.workload.tokens
     rows = {"word": VOCABULARY, "position": 512, "token_type": 2}
@@ -120,6 +145,13 @@ OPS: dict[str, Op] = {
         eager=lambda i: F.gelu(F.linear(i["x"], i["weight"], i["bias"])),
         moved=_linear_moved,
         operations=lambda case: 2 * case.workload.tokens * case.width.hidden * case.width.inner,
+    ),
+    "gated_feed_forward": Op(
+        inputs=_feed_forward_inputs,
+        ours=_feed_forward_ours,
+        eager=_feed_forward_eager,
+        moved=_feed_forward_moved,
+        operations=lambda case: 6 * case.workload.tokens * case.width.hidden * case.width.inner,
     ),
     "embed_layer_norm": Op(
         inputs=_embed_inputs,

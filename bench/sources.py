@@ -60,6 +60,7 @@ _KERNELS = {
     "window_attention": ("local_attention", "attention_tiles"),
     "disentangled_attention": ("disentangled_attention", "attention_tiles"),
     "rotary": ("rotary",),
+    "gated_feed_forward": ("gated",),
     "add_layer_norm": ("add_layer_norm", "row_norm", "launch_table"),
     "embed_layer_norm": ("embed_layer_norm", "row_norm", "launch_table"),
 }

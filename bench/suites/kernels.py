@@ -54,7 +54,9 @@ def grid(machine: Machine, quick: bool) -> Iterator[OpCase]:
     first = machine.dtypes[0]
     if machine.is_gpu:
         batches = [Workload("half", 64, 512), Workload("full", 128, 128)]
-        more = [Workload("full", *shape) for shape in ((512, 32), (256, 64), (64, 256), (32, 512))]
+        # 16,384 tokens each, or nearly so
+        shapes = ((256, 64), (64, 256), (43, 384), (32, 512), (16, 1024), (8, 2048))
+        more = [Workload("full", *shape) for shape in shapes]
         widths = [WIDTHS["base"], WIDTHS["minilm"], WIDTHS["large"]]
     else:
         batches = [Workload("half", 16, 256), Workload("full", 16, 128)]
@@ -70,8 +72,8 @@ def grid(machine: Machine, quick: bool) -> Iterator[OpCase]:
         if not quick or width is widths[0]:
             yield OpCase(op, width, workload, dtype)
     if not quick:
-        for workload in more:
-            yield OpCase("attention", widths[0], workload, first)
+        for workload, width in product(more, widths[:2]):
+            yield OpCase("attention", width, workload, first)
 
 
 def input_sets(machine: Machine, case: OpCase) -> list[Inputs]:
