@@ -178,13 +178,17 @@ def _roofline(figure: Any, device: Device) -> None:
         )
     ops = dict.fromkeys(case.facts["op"] for case in cases)
     dtypes = list(dict.fromkeys(case.facts["dtype"] for case in cases))
+    # An op has a colour, a dtype a marker.
+    colours = (OURS_COLOUR, *_PEERS)
     for i, op in enumerate(ops):
         for j, dtype in enumerate(dtypes):
             mine = [c for c in cases if (c.facts["op"], c.facts["dtype"]) == (op, dtype)]
             x = [c.facts["operations"] / c.facts["bytes"] for c in mine]
             y = [c.facts["operations"] / c.ours.median / 1e9 for c in mine if c.ours]
             label = f"{op}, {dtype}"
-            axes.scatter(x, y, s=48, c=_PEERS[i], marker=_MARKS[j], label=label, zorder=3)
+            axes.scatter(
+                x, y, s=48, c=colours[i % len(colours)], marker=_MARKS[j], label=label, zorder=3
+            )
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     axes.set(xlabel="operations a byte that must move", ylabel="GFLOP/s")
     figure.legend(loc="outside lower center", ncols=4, fontsize=9)
