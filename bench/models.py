@@ -113,6 +113,52 @@ SIZES = {
             layers=22,
             cpu_layers=4,
         ),
+        Size(
+            "ELECTRA-base",
+            "ElectraConfig",
+            {**_BASE, "embedding_size": 768},
+            layers=12,
+            cpu_layers=3,
+        ),
+        Size(
+            "ALBERT-base",
+            "AlbertConfig",
+            {**_BASE, "embedding_size": 128, "vocab_size": 30000},
+            layers=12,
+            cpu_layers=3,
+        ),
+        Size(
+            "DeBERTa-base",
+            "DebertaConfig",
+            {
+                **_BASE,
+                "vocab_size": 50265,
+                "relative_attention": True,
+                "pos_att_type": ["c2p", "p2c"],
+                "position_biased_input": False,
+                "max_relative_positions": -1,
+                "layer_norm_eps": 1e-7,
+                "type_vocab_size": 0,
+            },
+            layers=12,
+            cpu_layers=3,
+            sdpa=False,
+        ),
+        # Its 250,880 words would take 2.6 GB for each contestant, and no time.
+        Size(
+            "XLM-RoBERTa-XL",
+            "XLMRobertaXLConfig",
+            {
+                "hidden_size": 2560,
+                "num_attention_heads": 32,
+                "intermediate_size": 10240,
+                "vocab_size": 30522,
+                "max_position_embeddings": 514,
+                "type_vocab_size": 1,
+            },
+            layers=36,
+            cpu_layers=1,
+        ),
     )
 }
 

@@ -104,8 +104,9 @@ def _speed(figure: Any, device: Device) -> None:
             size = 90 if row.ours else 42
             axes.scatter(x, y, s=size, c=colour, marker=mark, zorder=4 if row.ours else 3)
             if row.ours and row is case.ours:
+                # above the line, where no other mark is
                 axes.annotate(
-                    f"{x:.2f}x", (x, y), (8, 0), "data", "offset points", va="center", size=9
+                    f"{x:.2f}x", (x, y), (0, 6), "data", "offset points", ha="center", size=9
                 )
     axes.set_yticks(range(len(cases)), [_label(case) for case in cases])
     axes.axvline(1, color=_baseline_colour(looks), linewidth=1, linestyle="--", zorder=2)
@@ -144,6 +145,10 @@ def _latency(figure: Any, device: Device) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens of each text", ylabel="ms")
         lengths = sorted({case.facts["longest"] for case in mine})
         axes.set_xticks(lengths, [str(length) for length in lengths])
+        low, high = axes.get_ylim()
+        decades = (10.0**e for e in range(-3, 5))
+        ticks = [t for d in decades for t in (d, 2 * d, 5 * d) if low <= t <= high]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(f"{model_title(mine[0])}, {count} text{'s' if count > 1 else ''}", size=10)
     _legend(figure, looks, columns=4)

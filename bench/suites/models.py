@@ -127,7 +127,10 @@ def _cpu_grid(machine: Machine, quick: bool) -> Iterator[ModelCase]:
         yield ModelCase(size, half, dtype, exported=True)
     for size, dtype in product((small, base), machine.dtypes):
         yield ModelCase(size, full, dtype, exported=True)
-    family = [size for size in SIZES.values() if size not in (small, base, large)]
+    rarer = [
+        SIZES[name] for name in ("ELECTRA-base", "ALBERT-base", "DeBERTa-base", "XLM-RoBERTa-XL")
+    ]
+    family = [size for size in SIZES.values() if size not in (small, base, large, *rarer)]
     for size in family:
         yield ModelCase(size, half, first, exported=size.sdpa)
     for dtype in machine.dtypes:
@@ -136,6 +139,8 @@ def _cpu_grid(machine: Machine, quick: bool) -> Iterator[ModelCase]:
         yield ModelCase(size, half, dtype)
     for shape in ((64, 32), (4, 512)):
         yield ModelCase(small, Workload("half", *shape), first, exported=True)
+    for size in rarer:
+        yield ModelCase(size, half, first)
 
 
 def _gpu_grid(quick: bool) -> Iterator[ModelCase]:
