@@ -31,6 +31,15 @@ Quick = Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds.")]
 Out = Annotated[
     Path | None, typer.Option(help="Folder for the record.", show_default="bench/results/<device>")
 ]
+Own = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file with texts, one a line, in place of the suite's: more contestants take part.",
+        exists=True,
+        dir_okay=False,
+        show_default=False,
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="PyTorch's")]
 Fake = Annotated[
     bool,
@@ -84,9 +93,15 @@ def texts(
     out: Out = None,
     threads: Threads = None,
     fake: Fake = False,
+    own: Own = None,
 ) -> None:
     """From strings to vectors, tokenizer included."""
-    _run(("texts",), filter, quick, out, threads, fake)
+    try:
+        if own is not None and not own.read_text(encoding="utf-8").strip():
+            raise typer.BadParameter(f"no text in {own}")
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{own} is not UTF-8: {error}") from None
+    _run(("texts",), filter, quick, out, threads, fake, own)
 
 
 @app.command(name="all")
@@ -189,6 +204,7 @@ def _run(
     out: Path | None,
     threads: int | None,
     fake: bool,
+    own_texts: Path | None = None,
 ) -> None:
     if fake:
         if out is None:
@@ -203,7 +219,7 @@ def _run(
     name = suites[0] if len(suites) == 1 else "all"
     machine = find_machine(fake=fake, threads=threads)
     writer = RecordWriter(machine, name, quick=quick, folder=out)
-    session = Session(machine, writer, quick, tuple(wanted.split()))
+    session = Session(machine, writer, quick, tuple(wanted.split()), own_texts)
     session.console.print(f"[bold]{machine.name}[/], {machine.threads} CPU threads")
     try:
         for suite in suites:

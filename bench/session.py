@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class Session:
 
     Attributes:
         wanted: words that a case's name must all hold; ``--filter``.
+        own_texts: a file of texts that take the place of the suite's.
         broken: what of ours failed or was wrong.
     """
 
@@ -49,6 +51,7 @@ class Session:
     writer: RecordWriter
     quick: bool = False
     wanted: tuple[str, ...] = ()
+    own_texts: Path | None = None
     console: Console = field(default_factory=lambda: Console(highlight=False))
     broken: list[str] = field(default_factory=list)
     _deadline: float = float("inf")

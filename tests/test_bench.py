@@ -106,6 +106,26 @@ def test_filter_takes_words(tmp_path: Path) -> None:
     assert {row.facts["op"] for row in record.read(path).rows} == {"pool"}
 
 
+def test_own_texts_take_the_place_of_the_suites(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("a star\n\nmy landlord and the court\n", "utf-8")
+    run("texts", "--fake", "--out", str(tmp_path), "--own", str(tmp_path / "mine.txt"))
+    (path,) = tmp_path.glob("*.json")
+    rows = record.read(path).rows
+    assert {row.facts["kind"] for row in rows} == {"mine.txt"}
+    assert {row.facts["texts"] for row in rows} == {2}
+    assert any(row.ours and row.status == record.OK for row in rows)
+    # a thorough race, whose peers of other batch sizes are absent in miniature
+    assert any("batches of" in row.contestant for row in rows)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
+def test_file_without_texts_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "mine.txt").write_bytes(content)
+    result = CliRunner().invoke(app, ["texts", "--own", str(tmp_path / "mine.txt")])
+    assert result.exit_code == 2 and "mine.txt" in result.output
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_miniature_never_lands_among_the_results() -> None:
     result = CliRunner().invoke(app, ["kernels", "--fake"])
     assert result.exit_code == 2 and "--out" in result.output

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,19 +17,38 @@ import encoder_fast
 from bench.contestant import Entry, Ready, Unavailable, need
 from bench.machine import Machine
 from bench.models import spread_vectors
+from bench.roofs import dtype_name
 from bench.session import Session
 from bench.sources import sources_of_model
 from bench.timing import Limits, race_models
 from encoder_fast.cli.checkpoint import read_passages
 from encoder_fast.cli.demo_run import bundled_model
 from encoder_fast.cli.errors import UserError
-from encoder_fast.parity import ParityRow, compare
+from encoder_fast.parity import compare
 
 SUITE = "texts"
 
 Encode = Callable[[Sequence[str]], Any]
 
 _CHECKED_TEXTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FileCase:
+    """A user's own texts, one a line."""
+
+    path: Path
+    # Nothing is left out: with these at hand it can be said how fast TextEncoder can be made, and
+    # against how good a choice of batches.
+    is_thorough = True
+
+    @property
+    def kind(self) -> str:
+        return self.path.name
+
+    def texts(self) -> list[str]:
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if line.strip()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +59,7 @@ class TextCase:
     count: int
     fewest: int
     most: int
+    is_thorough = False
 
     def texts(self) -> list[str]:
         chance = random.Random(0)
@@ -65,11 +86,15 @@ def run(session: Session) -> None:
     except UserError as error:
         session.console.print(f"skipped: {error}")
         return
-    for case in grid(machine, session.quick):
-        name = f"{source.name} {case.kind} x{case.count}"
+    cases: Iterable[TextCase | FileCase] = grid(machine, session.quick)
+    if session.own_texts is not None:
+        cases = [FileCase(session.own_texts)]
+    for case in cases:
+        texts = case.texts()
+        name = f"{source.name} {case.kind} x{len(texts)}"
         if session.turn(SUITE, name, {"kind": case.kind}):
             with torch.inference_mode():
-                hold(session, source, case, name, limits)
+                hold(session, source, case, texts, name, limits)
 
 
 def grid(machine: Machine, quick: bool) -> Iterator[TextCase]:
@@ -138,9 +163,15 @@ class Source:
         return cls("tiny", load, wrapped, None)
 
 
-def hold(session: Session, source: Source, case: TextCase, name: str, limits: Limits) -> None:
+def hold(
+    session: Session,
+    source: Source,
+    case: TextCase | FileCase,
+    texts: Sequence[str],
+    name: str,
+    limits: Limits,
+) -> None:
     machine = session.machine
-    texts = case.texts()
     lengths = [len(ids) for ids in source.tokenizer(texts, truncation=True)["input_ids"]]
     facts = {
         "model": source.name,
@@ -151,20 +182,17 @@ def hold(session: Session, source: Source, case: TextCase, name: str, limits: Li
     }
     few = texts[:_CHECKED_TEXTS]
     eager = source.load("eager")
-    original = by_hand(eager, source.tokenizer, few)
     exact = by_hand(eager.double(), source.tokenizer, few)
 
-    def check(vectors: Any) -> ParityRow:
-        found = torch.as_tensor(vectors)[: len(few)].to(original.device)
-        return compare("vectors", found, original, exact)
-
-    def prepare(make: Callable[[], Encode]) -> Ready:
+    def prepare(make: Callable[[], Encode], dtype: torch.dtype) -> Ready:
         encode = make()
-        return Ready([lambda: encode(texts)], check(encode(texts)))
+        original = by_hand(source.load("eager").to(dtype), source.tokenizer, few)
+        found = torch.as_tensor(encode(few)).to(original.device)
+        return Ready([lambda: encode(texts)], compare("vectors", found, original, exact))
 
     entries = [
-        Entry(label, lambda make=make: prepare(make), sources)
-        for label, make, sources in _encoders(machine, source)
+        Entry(label, lambda make=make, dtype=dtype: prepare(make, dtype), sources)
+        for label, make, sources, dtype in _encoders(machine, source, case.is_thorough)
     ]
     session.hold(
         SUITE,
@@ -190,14 +218,17 @@ def by_hand(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 
 def _encoders(
-    machine: Machine, source: Source
-) -> Iterator[tuple[str, Callable[[], Encode], tuple[str, ...]]]:
+    machine: Machine, source: Source, is_thorough: bool
+) -> Iterator[tuple[str, Callable[[], Encode], tuple[str, ...], torch.dtype]]:
+    """Label, how to make it, the sources behind it and the dtype that it computes in."""
     backend = machine.default_backend
     ours = (*sources_of_model(backend), "encoder_fast/text/")
+    dtype, *others = machine.dtypes
+    first_size, *sizes = (256, 64, 1024) if machine.is_gpu else (32, 8, 128)
 
-    def text_encoder() -> Encode:
+    def text_encoder(dtype: torch.dtype) -> Encode:
         encoder = encoder_fast.TextEncoder.from_pretrained(
-            source.load("sdpa"), source.tokenizer, pooling="mean", backend=backend
+            source.load("sdpa").to(dtype), source.tokenizer, pooling="mean", backend=backend
         )
         return lambda texts: encoder.encode(texts, normalize=True)
 
@@ -209,15 +240,14 @@ def _encoders(
             source.path, device=str(machine.device), local_files_only=True, **options
         )
 
-    def run_by(model: Any) -> Encode:
-        batch_size = 256 if machine.is_gpu else 32
+    def run_by(model: Any, batch_size: int = first_size) -> Encode:
         return lambda texts: model.encode(
             list(texts), batch_size=batch_size, show_progress_bar=False, normalize_embeddings=True
         )
 
     def in_dtype(attention: str) -> Any:
         options = {"attn_implementation": attention}
-        return sentence_transformer(model_kwargs=options).to(machine.dtypes[0])
+        return sentence_transformer(model_kwargs=options).to(dtype)
 
     def flash() -> Encode:
         if machine.is_fake:
@@ -229,15 +259,20 @@ def _encoders(
         need("optimum", "optimum, which exports for sentence-transformers,")
         return run_by(sentence_transformer(backend=kind))
 
-    yield "TextEncoder", text_encoder, ours
-    yield (
-        "sentence-transformers, patched",
-        lambda: run_by(encoder_fast.patch(in_dtype("sdpa"), backend=backend)),
-        ours[:-1],
-    )
-    yield "sentence-transformers", lambda: run_by(in_dtype("sdpa")), ()
+    def patched() -> Encode:
+        return run_by(encoder_fast.patch(in_dtype("sdpa"), backend=backend))
+
+    yield "TextEncoder", lambda: text_encoder(dtype), ours, dtype
+    if is_thorough and others:
+        name = dtype_name(others[0])
+        yield f"TextEncoder, {name}", lambda: text_encoder(others[0]), ours, others[0]
+    yield "sentence-transformers, patched", patched, ours[:-1], dtype
+    yield "sentence-transformers", lambda: run_by(in_dtype("sdpa")), (), dtype
+    for size in sizes if is_thorough else ():
+        label = f"sentence-transformers, batches of {size}"
+        yield label, lambda size=size: run_by(in_dtype("sdpa"), size), (), dtype
     if machine.kind == "cpu":
-        yield "sentence-transformers, ONNX", lambda: exported("onnx"), ()
-        yield "sentence-transformers, OpenVINO", lambda: exported("openvino"), ()
+        yield "sentence-transformers, ONNX", lambda: exported("onnx"), (), dtype
+        yield "sentence-transformers, OpenVINO", lambda: exported("openvino"), (), dtype
     else:
-        yield "sentence-transformers, flash attention", flash, ()
+        yield "sentence-transformers, flash attention", flash, (), dtype
