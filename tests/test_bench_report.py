@@ -203,21 +203,31 @@ def test_changed_sources_are_marked(tmp_path: Path) -> None:
     assert "⚠" not in kernel
 
 
-def test_newest_whole_record_counts(tmp_path: Path) -> None:
+def test_newest_record_of_each_case_counts(tmp_path: Path) -> None:
     folder = tmp_path / MACHINE.slug
     write(folder, rows(), "2026-01-01")
-    write(folder, [r for r in rows(0.5) if r.suite == "texts"], "2026-01-02")
-    write(folder, rows(0.1), "2026-01-03", quick=True)
-    write(folder, rows(0.1), "2026-01-04", fake=True)
+    texts = [row for row in rows(0.5) if row.suite == "texts"]
+    write(folder, texts, "2026-01-02")
+    # by a filter, or with texts of one's own
+    others = [replace(row, case="mine x2") for row in texts]
+    write(folder, others, "2026-01-03")
+    write(folder, rows(0.1), "2026-01-04", quick=True)
+    write(folder, rows(0.1), "2026-01-05", fake=True)
+    skipped = [replace(row, status=record.SKIPPED, reason="no time") for row in texts]
+    write(folder, skipped, "2026-01-06")
     (folder / "other.json").write_text('{"not": "ours"}')
     (device,) = choose(tmp_path, fingerprints())
-    dates = {suite: record.header["date"] for suite, record in device.records.items()}
-    assert dates == {
-        "models": "2026-01-01",
-        "latency": "2026-01-01",
-        "kernels": "2026-01-01",
-        "texts": "2026-01-02",
+    dates = {
+        (suite, case): taken.header["date"][:10]
+        for suite, cases in device.taken.items()
+        for case, taken in cases.items()
     }
+    assert set(dates.values()) == {"2026-01-01", "2026-01-02", "2026-01-03"}
+    for (suite, case), date in dates.items():
+        wanted = "2026-01-03" if case == "mine x2" else "2026-01-02"
+        assert date == (wanted if suite == "texts" else "2026-01-01")
+    assert {row.case for row in device.rows("texts")} == {row.case for row in [*texts, *others]}
+    assert len(device.records()) == 3 and len(device.records("models")) == 1
 
 
 def test_report_of_nothing_is_an_error(tmp_path: Path) -> None:

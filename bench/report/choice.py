@@ -14,19 +14,38 @@ SUITES = ("models", "latency", "texts", "kernels")
 
 @dataclass(frozen=True)
 class Device:
-    """What is known of one device: for each suite the newest record that has it."""
+    """What is known of one device: each case from the newest record that has it.
+
+    Attributes:
+        taken: for each suite the record of each case.
+        now: the sources as they are.
+    """
 
     name: str
     slug: str
-    records: dict[str, Record]
+    taken: dict[str, dict[str, Record]]
     now: dict[str, str]
 
     @property
     def is_gpu(self) -> bool:
-        return any(record.header["machine"]["kind"] == "gpu" for record in self.records.values())
+        return any(record.header["machine"]["kind"] == "gpu" for record in self.records())
+
+    def has(self, suite: str) -> bool:
+        return suite in self.taken
+
+    def records(self, suite: str | None = None) -> tuple[Record, ...]:
+        """Those that cases were taken from, of one suite or of all, the newest first."""
+        suites = self.taken if suite is None else [suite]
+        found = {
+            record.path: record for name in suites for record in self.taken[name].values()
+        }.values()
+        return tuple(sorted(found, key=lambda record: record.header["date"], reverse=True))
 
     def rows(self, suite: str) -> tuple[Row, ...]:
-        return self.records[suite].suite(suite) if suite in self.records else ()
+        taken = self.taken.get(suite, {})
+        return tuple(
+            row for case, record in taken.items() for row in record.suite(suite) if row.case == case
+        )
 
     def cases(self, suite: str) -> Iterator[Case]:
         """The cases of a suite, as they were run."""
@@ -37,7 +56,8 @@ class Device:
 
     def stale(self, row: Row) -> tuple[str, ...]:
         """The files behind a row of ours that are no longer what they were."""
-        return changed(row.sources, self.records[row.suite].header["sources"], self.now)
+        then = self.taken[row.suite][row.case].header["sources"]
+        return changed(row.sources, then, self.now)
 
 
 @dataclass(frozen=True)
@@ -82,20 +102,33 @@ class Case:
 def choose(results: Path, now: dict[str, str]) -> list[Device]:
     """The devices that have records, GPUs first.
 
-    Of several records of a suite the newest counts; a quick one only where there is no other, and
-    one that was stopped only for the suites that it came to.
+    Of several records of a case the newest counts; a quick one only where there is no other. One
+    in which nobody ran gives way to any in which somebody did.
     """
-    found: dict[tuple[str, str], dict[str, Record]] = {}
+    found: dict[tuple[str, str], dict[str, dict[str, Record]]] = {}
     for record in records_in(results):
         if record.header["fake"]:
             continue
-        key = record.device, record.path.parent.name
-        suites = found.setdefault(key, {})
+        suites = found.setdefault((record.device, record.path.parent.name), {})
         for suite in SUITES:
-            if not any(row.status == OK for row in record.suite(suite)):
-                continue
-            known = suites.get(suite)
-            if known is None or known.header["quick"] or not record.header["quick"]:
-                suites[suite] = record
-    devices = [Device(name, slug, suites, now) for (name, slug), suites in found.items() if suites]
+            for case in dict.fromkeys(row.case for row in record.suite(suite)):
+                taken = suites.setdefault(suite, {})
+                known = taken.get(case)
+                if known is None or _worth(record, suite, case) >= _worth(known, suite, case):
+                    taken[case] = record
+    devices = []
+    for (name, slug), suites in found.items():
+        # a suite of which nothing ran is no suite
+        ran = {
+            suite: taken
+            for suite, taken in suites.items()
+            if any(_worth(record, suite, case)[0] for case, record in taken.items())
+        }
+        if ran:
+            devices.append(Device(name, slug, ran, now))
     return sorted(devices, key=lambda device: (not device.is_gpu, device.slug))
+
+
+def _worth(record: Record, suite: str, case: str) -> tuple[bool, bool]:
+    ran = any(row.case == case and row.status == OK for row in record.suite(suite))
+    return ran, not record.header["quick"]

@@ -78,7 +78,7 @@ def write_report(results: Path = RESULTS, docs: Path = ROOT / "docs") -> Path:
 def _device(device: Device, pictures: dict[str, str]) -> Iterator[str]:
     yield f"## {_title(device)}\n"
     yield from _staleness(device)
-    if "models" in device.records:
+    if device.has("models"):
         yield (
             "How many times as fast as Hugging Face's SDPA in the same dtype (as eager, for models "
             "that have no SDPA), and in brackets as the **fastest of all peers** measured; of "
@@ -89,10 +89,10 @@ def _device(device: Device, pictures: dict[str, str]) -> Iterator[str]:
         yield _picture(device, "speed", pictures)
         yield "### Whole models\n"
         yield tables.headline(device) + "\n"
-    if "texts" in device.records:
+    if device.has("texts"):
         yield "### From strings to vectors\n\nTokenizer, batching, model and pooling together.\n"
         yield tables.texts(device) + "\n"
-    if "latency" in device.records:
+    if device.has("latency"):
         yield "### One text and eight\n"
         yield (
             "*Outside kernels* is the share of a call in which no kernel runs, or on a CPU no "
@@ -100,13 +100,13 @@ def _device(device: Device, pictures: dict[str, str]) -> Iterator[str]:
         )
         yield _picture(device, "latency", pictures)
         yield _folded("Every latency", tables.latency(device))
-    if "kernels" in device.records:
+    if device.has("kernels"):
         yield "### Single ops\n"
-        roofs = device.records["kernels"].header["roofs"]
+        roofs = device.records("kernels")[0].header["roofs"]
         yield _roofs(roofs) + "\n"
         yield _picture(device, "roofline", pictures)
         yield tables.kernels(device) + "\n"
-    if "models" in device.records:
+    if device.has("models"):
         yield _folded("Every contestant of every batch", tables.contestants(device, "models"))
     absent = list(tables.absent(device))
     if absent:
@@ -115,7 +115,7 @@ def _device(device: Device, pictures: dict[str, str]) -> Iterator[str]:
 
 
 def _title(device: Device) -> str:
-    machine = next(iter(device.records.values())).header["machine"]
+    machine = device.records()[0].header["machine"]
     if machine["kind"] == "gpu":
         return device.name
     return f"{device.name}, {machine['threads']} cores"
@@ -170,7 +170,7 @@ def _folded(title: str, body: str) -> str:
 
 def _staleness(device: Device) -> Iterator[str]:
     files: dict[str, None] = {}
-    for suite in device.records:
+    for suite in device.taken:
         for row in device.rows(suite):
             files.update(dict.fromkeys(device.stale(row)))
     if files:
@@ -183,11 +183,9 @@ def _staleness(device: Device) -> Iterator[str]:
 
 def _records(device: Device) -> Iterator[str]:
     yield "Measured by:\n"
-    by_record: dict[Path, list[str]] = {}
-    for suite, record in device.records.items():
-        by_record.setdefault(record.path, []).append(suite)
-    for path, suites in by_record.items():
-        header = next(r for r in device.records.values() if r.path == path).header
+    for record in device.records():
+        path, header = record.path, record.header
+        suites = [suite for suite in device.taken if record in device.records(suite)]
         versions = header["machine"]["versions"]
         used = ", ".join(f"{k} {v}" for k, v in versions.items() if v != "not installed")
         stopped = "" if header["finished"] else " (stopped before its end)"

@@ -157,7 +157,7 @@ def _latency(figure: Any, device: Device) -> None:
 def _roofline(figure: Any, device: Device) -> None:
     """Operations a byte against operations a second: the roofs, and each op of ours below them."""
     axes = figure.subplots()
-    roofs = dict(device.records["kernels"].header["roofs"])
+    roofs = dict(device.records("kernels")[0].header["roofs"])
     copy = roofs.pop("copy")
     cases = [case for case in device.cases("kernels") if case.ours]
     intensity = [case.facts["operations"] / case.facts["bytes"] for case in cases]

@@ -179,7 +179,7 @@ def texts(device: Device) -> str:
 
 def kernels(device: Device) -> str:
     """Ours and the fastest peer of each op, with the share of the roof."""
-    roofs = device.records["kernels"].header["roofs"]
+    roofs = device.records("kernels")[0].header["roofs"]
     rows = []
     for case in device.cases("kernels"):
         ours, best = case.ours, case.best_peer
@@ -213,7 +213,7 @@ def roof_share(case: Case, row: Row, roofs: dict[str, float]) -> tuple[float, st
 def absent(device: Device) -> Iterator[str]:
     """Who did not run and why, each reason once."""
     seen: dict[tuple[str, str, str], int] = {}
-    for suite in device.records:
+    for suite in device.taken:
         for row in device.rows(suite):
             if row.status != OK:
                 status = "" if row.status == SKIPPED else f"**{row.status}**: "
