@@ -54,6 +54,26 @@ def test_random_masks(family: str) -> None:
         assert report.ok, str(report)
 
 
+def test_rotary_positions_and_a_window_wider_than_the_rows() -> None:
+    model = zoo.build("modernbert", "ForSequenceClassification", local_attention=40)
+    for kind in ("left", "mixed"):
+        call = call_for("modernbert", "ForSequenceClassification", kind)
+        report = encoder_fast.check_parity(model, call)
+        assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("family", zoo.DEBERTAS)
+def test_disentangled_attention_hides_the_text_from_padding(family: str) -> None:
+    """Even where it has no relative positions: the original forward runs."""
+    changes = {"relative_attention": False, "position_biased_input": True}
+    model = zoo.build(family, "ForSequenceClassification", **changes)
+    call = call_for(family, "ForSequenceClassification", "left")
+    with torch.inference_mode():
+        expected = model(**call).logits
+        assert torch.equal(encoder_fast.patch(model)(**call).logits, expected)
+    assert "not plain softmax" in next(iter(encoder_fast.report(model).fallbacks))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_backends(backend: str) -> None:
     report = encoder_fast.check_parity(tiny(), inputs("mixed"), backend=backend)
@@ -61,20 +81,22 @@ def test_other_backends(backend: str) -> None:
     assert report.ok, str(report)
 
 
-def padded_states(model: nn.Module, call: dict) -> tuple[list[Tensor], object]:
+def padded_states(model: nn.Module, call: dict) -> list[Tensor]:
     """What a patched model returns at the padded positions of each hidden state."""
     encoder_fast.patch(model, strict=True)
     with torch.inference_mode():
         output = model(**call, output_hidden_states=True)
     padding = call["attention_mask"] == 0
-    return [x[padding] for x in (output.last_hidden_state, *output.hidden_states)], output
+    return [x[padding] for x in (output.last_hidden_state, *output.hidden_states)]
 
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_padding_of_a_bare_encoder_is_zero(family: str) -> None:
-    states, _ = padded_states(zoo.build(family), call_for(family, "Model", "mixed"))
-    assert len(states) >= 3
-    assert not any(state.any() for state in states)
+    model = zoo.build(family)
+    for _ in range(2):  # patched once, and once more over that
+        states = padded_states(model, call_for(family, "Model", "mixed"))
+        assert len(states) >= 3
+        assert not any(state.any() for state in states)
 
 
 @pytest.mark.parametrize("family", [f for f in zoo.BY_DISTANCE if f != "mpnet"])
@@ -83,8 +105,7 @@ def test_left_padding_of_an_encoder_without_pooler(family: str) -> None:
     model, call = zoo.build(family), call_for(family, "Model", "left")
     report = encoder_fast.check_parity(model, call)
     assert report.ok, str(report)
-    states, _ = padded_states(model, call)
-    assert not any(state.any() for state in states)
+    assert not any(state.any() for state in padded_states(model, call))
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
@@ -122,10 +143,10 @@ def test_no_token_sees_an_onlooker_and_no_row_another() -> None:
         assert output.last_hidden_state.isfinite().all()
         assert output.pooler_output.isnan().any(dim=1).tolist() == [False, True, False, False]
         call["input_ids"][1, 0] = other
-        call["input_ids"][0, 5] = nan  # a token of another row
+        call["input_ids"][3, 10] = nan  # a token of another row, packed behind those of row 1
         output = model(**call)
-    assert output.pooler_output.isnan().any(dim=1).tolist() == [True, False, False, False]
-    assert output.last_hidden_state[1:].isfinite().all()
+    assert output.pooler_output.isnan().any(dim=1).tolist() == [False, False, False, True]
+    assert output.last_hidden_state[:3].isfinite().all()
 
 
 class OwnHead(nn.Module):
