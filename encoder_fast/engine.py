@@ -1,7 +1,8 @@
 """The encoder loop: one for all families.
 
 Runs an :class:`~encoder_fast.spec.EncoderSpec` over a :class:`~encoder_fast.packing.PackedBatch`.
-Everything here is ``(total, ...)``: nothing knows of padding, and nothing waits for the device.
+Everything here is ``(total, ...)``: nothing waits for the device, and nothing knows of padding but
+what stands in a first column that somebody reads (see :mod:`encoder_fast.onlookers`).
 """
 
 from __future__ import annotations
