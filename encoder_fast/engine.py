@@ -1,7 +1,8 @@
 """The encoder loop: one for all families.
 
 Runs an :class:`~encoder_fast.spec.EncoderSpec` over a :class:`~encoder_fast.packing.PackedBatch`.
-Everything here is ``(total, ...)``: nothing knows of padding, and nothing waits for the device.
+Everything here is ``(total, ...)``: nothing waits for the device, and nothing knows of padding but
+what stands in a first column that somebody reads (see :mod:`encoder_fast.onlookers`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoder_fast.onlookers import Onlookers
 from encoder_fast.ops import (
     add_layer_norm,
     attention,
@@ -97,6 +99,7 @@ class _Forward:
     backend: str
     batch: PackedBatch
     position_ids: Tensor
+    onlookers: Onlookers | None
     _angles: dict[RotarySpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _biases: dict[RelativeBias, Tensor] = field(default_factory=dict)
 
@@ -143,7 +146,7 @@ def encode(
     normed = residual = embeddings = hidden
     if spec.first_norm is not None:
         normed = _add_norm(spec.first_norm, hidden, None, backend)
-    forward = _Forward(backend, batch, position_ids)
+    forward = _Forward(backend, batch, position_ids, Onlookers.of(batch))
     keeps_sum = spec.norm_order == "pre"
     last = len(spec.layers) - 1
     # A convolution behind the only layer reads all tokens.
@@ -193,7 +196,7 @@ def _attend_softmax(spec: SoftmaxAttention, forward: _Forward, qkv: Tensor) -> T
     if spec.rotary is not None:
         rotary.operator.run(qkv, *forward.angles(spec.rotary), backend)
     q, k, v = qkv.unbind(1)
-    return attention.operator.run(
+    context = attention.operator.run(
         q,
         k,
         v,
@@ -204,6 +207,9 @@ def _attend_softmax(spec: SoftmaxAttention, forward: _Forward, qkv: Tensor) -> T
         forward.bias(spec.relative_bias),
         backend,
     )
+    if forward.onlookers is not None:
+        forward.onlookers.attend(q, k, v, spec.softmax_scale, context)
+    return context
 
 
 def _attend_disentangled(

@@ -4,6 +4,10 @@
 batch, and where each sequence begins among the packed tokens. It runs once per forward, before the
 embeddings; everything between it and :meth:`PackedBatch.unpack` knows nothing of padding.
 
+One kind of padding may be packed too, behind the tokens: the first column of a row that begins with
+padding, where somebody reads it. It attends to the row's tokens and no token attends to it; the
+code calls it an onlooker.
+
 Host synchronisation: one when the lengths have to be read from a mask on a GPU
 (:func:`read_mask`), none when there is no mask or when the lengths are given.
 """
@@ -19,7 +23,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Where the real tokens of a padded batch are.
+    """Where the real tokens of a padded batch are, and its onlookers, if it has any.
+
+    What is packed has one row a token and behind those one an onlooker. Where a shape here or in
+    the engine says ``total``, onlookers come on top of it.
 
     Attributes:
         cu_seqlens: int32 ``(B + 1,)``; sequence ``b`` is ``cu_seqlens[b]:cu_seqlens[b + 1]``.
@@ -29,6 +36,7 @@ class PackedBatch:
         padded_length: ``S``, the columns of the padded batch.
         indices: int64 ``(total,)``, each token's place in the flattened ``(B * S)`` batch; ``None``
             when there is no padding, so that packing is a view.
+        onlooker_rows: int64, the row ``b`` of each onlooker; ``None`` where there are none.
     """
 
     cu_seqlens: Tensor
@@ -37,6 +45,7 @@ class PackedBatch:
     batch_size: int
     padded_length: int
     indices: Tensor | None
+    onlooker_rows: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,23 +59,33 @@ class PackedBatch:
         flat = padded.reshape(self.batch_size * self.padded_length, *padded.shape[2:])
         return flat if self.indices is None else flat.index_select(0, self.indices)
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        """``(total, ...)`` to ``(B, S, ...)``, zeros where the batch is padded."""
+    def unpack(self, packed: Tensor, *, onlookers: bool = False) -> Tensor:
+        """``(total, ...)`` to ``(B, S, ...)``, zeros where the batch is padded; with ``onlookers``
+        except where those stand."""
         rest = packed.shape[1:]
         if self.indices is None:
             return packed.reshape(*self.shape, *rest)
+        indices = self.indices
+        if self.onlooker_rows is not None and not onlookers:
+            indices, packed = indices[: self.total], packed[: self.total]
         flat = packed.new_zeros(self.batch_size * self.padded_length, *rest)
-        return flat.index_copy_(0, self.indices, packed).view(*self.shape, *rest)
+        return flat.index_copy_(0, indices, packed).view(*self.shape, *rest)
 
     def first_tokens(self, packed: Tensor) -> Tensor:
-        """``(total, ...)`` to ``(B, ...)``: the first token of each row.
+        """``(total, ...)`` to ``(B, ...)``: the first token of each row, or its onlooker.
 
         A row without tokens gets some token's; see :meth:`blank_empty_rows`.
         """
         if self.total == 0:
             return packed.new_zeros(self.batch_size, *packed.shape[1:])
         # an empty row begins where the next one does, and the last of them behind the end
-        return packed.index_select(0, self.cu_seqlens[:-1].clamp(max=self.total - 1))
+        places = self.cu_seqlens[:-1].clamp(max=self.total - 1)
+        if self.onlooker_rows is not None:
+            behind = torch.arange(
+                self.total, packed.shape[0], device=places.device, dtype=places.dtype
+            )
+            places = places.index_copy(0, self.onlooker_rows, behind)
+        return packed.index_select(0, places)
 
     def blank_empty_rows(self, rows: Tensor) -> Tensor:
         """``(B, N)`` with zeros for the rows that have no token."""
@@ -102,49 +121,67 @@ class MaskFacts:
         total: the number of ones.
         max_seqlen: the ones of the fullest row.
         is_binary: every value is 0 or 1.
-        first_column_filled: no row with a token has a zero in column 0.
+        headless: how many rows have a token, but none in column 0.
         has_gaps: in some row a zero lies between two ones.
-        ids_in_range: every real token's id is within the range asked about.
+        ids_in_range: the id of every token, and every onlooker if there are to be any, is within
+            the range asked about.
     """
 
     total: int
     max_seqlen: int
     is_binary: bool
-    first_column_filled: bool
+    headless: int
     has_gaps: bool
     ids_in_range: bool
 
 
-def read_mask(mask: Tensor, input_ids: Tensor | None = None, vocab_size: int = 0) -> MaskFacts:
+def read_mask(
+    mask: Tensor,
+    input_ids: Tensor | None = None,
+    vocab_size: int = 0,
+    *,
+    onlookers: bool = False,
+) -> MaskFacts:
     """Read all the host needs of a ``(B, S)`` mask in one device-to-host transfer.
 
-    With ``input_ids`` it also checks, in the same transfer, that the real tokens' ids lie in
-    ``[0, vocab_size)``: on a GPU a wrong id otherwise kills the CUDA context.
+    With ``input_ids`` it also checks, in the same transfer, that the real tokens' ids, and with
+    ``onlookers`` those in column 0 of rows that begin with padding, lie in ``[0, vocab_size)``: on
+    a GPU a wrong id otherwise kills the CUDA context.
     """
     if mask.numel() == 0:
-        return MaskFacts(0, 0, True, True, False, True)
+        return MaskFacts(0, 0, True, 0, False, True)
     valid = mask != 0
     lengths = valid.sum(dim=1)
-    headless = ((lengths > 0) & ~valid[:, 0]).any()
+    headless = _headless(valid)
     # A row's ones are one run unless a one follows a zero more than once.
     runs = valid[:, 0] + (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1)
-    parts = [lengths.sum(), lengths.max(), headless.long(), (runs > 1).any().long()]
+    parts = [lengths.sum(), lengths.max(), headless.sum(), (runs > 1).any().long()]
     if mask.dtype != torch.bool:
         parts.append((valid & (mask != 1)).any().long())
     if input_ids is not None:
-        parts.append((valid & ((input_ids < 0) | (input_ids >= vocab_size))).any().long())
-    total, longest, is_headless, has_gaps, *faults = torch.stack(parts).tolist()
-    outside = bool(faults.pop()) if input_ids is not None else False
-    return MaskFacts(total, longest, not any(faults), not is_headless, bool(has_gaps), not outside)
+        outside = (input_ids < 0) | (input_ids >= vocab_size)
+        wrong = (valid & outside).any()
+        if onlookers:
+            wrong |= (headless & outside[:, 0]).any()
+        parts.append(wrong.long())
+    total, longest, n_headless, has_gaps, *faults = torch.stack(parts).tolist()
+    in_range = input_ids is None or not faults.pop()
+    return MaskFacts(total, longest, not any(faults), n_headless, bool(has_gaps), in_range)
 
 
-def pack(mask: Tensor, facts: MaskFacts | None = None) -> PackedBatch:
+def _headless(valid: Tensor) -> Tensor:
+    """Which rows of a boolean mask have a token, but none in column 0."""
+    return valid.any(dim=1) & ~valid[:, 0]
+
+
+def pack(mask: Tensor, facts: MaskFacts | None = None, *, onlookers: bool = False) -> PackedBatch:
     """Pack by a padding mask.
 
     Args:
         mask: ``(B, S)``, 1 for a real token and 0 for padding, of any dtype. The padding may be on
             the right, on the left or anywhere between; rows without a token are fine.
         facts: what :func:`read_mask` found of this mask, where the caller has it already.
+        onlookers: also pack column 0 of the rows that begin with padding and have a token.
 
     Raises:
         ValueError: the mask is not two-dimensional, or holds values other than 0 and 1.
@@ -161,15 +198,22 @@ def pack(mask: Tensor, facts: MaskFacts | None = None) -> PackedBatch:
     valid = mask != 0
     cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=mask.device)
     torch.cumsum(valid.sum(dim=1), dim=0, out=cu_seqlens[1:])
-    # Each real token's place among the packed ones is the count of ones before it. Padding is sent
-    # to one slot past the end. Unlike nonzero, this needs no host wait for the size.
-    flat = valid.reshape(-1)
-    slots = torch.where(flat, flat.cumsum(0) - 1, facts.total)
-    sources = torch.arange(flat.numel(), device=mask.device)
-    indices = sources.new_zeros(facts.total + 1).scatter_(0, slots, sources)[: facts.total]
+    indices, rows = _places_of_ones(valid.reshape(-1), facts.total), None
+    if onlookers and facts.headless:
+        rows = _places_of_ones(_headless(valid), facts.headless)
+        indices = torch.cat([indices, rows * padded_length])
     return PackedBatch(
-        cu_seqlens, facts.max_seqlen, facts.total, batch_size, padded_length, indices
+        cu_seqlens, facts.max_seqlen, facts.total, batch_size, padded_length, indices, rows
     )
+
+
+def _places_of_ones(flags: Tensor, count: int) -> Tensor:
+    """int64 ``(count,)``: where a boolean vector of that many ones has them, in order."""
+    # The slot of each one is the count of ones before it. Zeros are sent to one slot past the end.
+    # Unlike nonzero, this needs no host wait for the size.
+    slots = torch.where(flags, flags.cumsum(0) - 1, count)
+    places = torch.arange(flags.numel(), device=flags.device)
+    return places.new_zeros(count + 1).scatter_(0, slots, places)[:count]
 
 
 def pack_full(batch_size: int, padded_length: int, device: torch.device | str) -> PackedBatch:

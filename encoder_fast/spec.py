@@ -276,6 +276,14 @@ class EncoderSpec:
             layer.attention.sees_gaps(length) for layer in self.layers
         )
 
+    def has_onlookers(self, length: int) -> bool:
+        """Whether padding in a first column of ``length`` attends to all tokens of its row, as
+        :mod:`encoder_fast.onlookers` computes it."""
+        # Disentangled attention hides the text from padding, whether it goes by distance or not.
+        return not self.sees_gaps(length) and all(
+            isinstance(layer.attention, SoftmaxAttention) for layer in self.layers
+        )
+
 
 def epsilon(norm: nn.Module) -> float:
     """What a LayerNorm adds to the variance; DeBERTa v1's own class has its own name for it."""

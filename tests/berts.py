@@ -132,6 +132,11 @@ def mask(kind: str, batch: int = 4, length: int = 21) -> Tensor | None:
             rows.append((columns == 0) | (torch.randperm(length) < count - 1))
         else:
             rows.append(columns < count)
+    if kind == "mixed":
+        # beside the full row: left padding, no token, and holes of which one is in column 0
+        rows[1] = columns >= length - 7
+        rows[2] = torch.zeros(length, dtype=torch.bool)
+        rows[3] = (columns > 0) & (torch.rand(length) < 0.5) | (columns == length // 2)
     if kind == "empty_row":
         rows[1] = torch.zeros(length, dtype=torch.bool)
     return torch.stack(rows).long().to(DEVICE)

@@ -164,10 +164,6 @@ def mask_for_each_query(call: dict) -> dict:
             "values other than 0 and 1",
         ),
         (
-            lambda call: {**call, "attention_mask": call["attention_mask"].flip(1)},
-            "a pooler over a padded first column",
-        ),
-        (
             lambda call: {**call, "position_ids": torch.arange(21, device=DEVICE)},
             "position_ids of 1 dimensions",
         ),

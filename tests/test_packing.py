@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from encoder_fast.onlookers import Onlookers
 from encoder_fast.packing import pack, pack_full, pack_lengths, read_mask
 
 
@@ -25,6 +26,27 @@ def check(mask: Tensor) -> None:
     torch.testing.assert_close(restored, padded * valid[..., None], rtol=0, atol=0)
     columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)[valid]
     assert batch.columns().tolist() == columns.tolist()
+    check_onlookers(mask, padded)
+
+
+def check_onlookers(mask: Tensor, padded: Tensor) -> None:
+    """Column 0 of rows that begin with padding comes behind the tokens, if it is asked for."""
+    batch, valid = pack(mask, onlookers=True), mask != 0
+    rows = [row for row in range(mask.shape[0]) if valid[row].any() and not valid[row, 0]]
+    if not rows:
+        assert batch.onlooker_rows is None
+        return
+    assert batch.onlooker_rows is not None
+    assert batch.onlooker_rows.tolist() == rows
+    packed = batch.pack(padded)
+    assert torch.equal(packed, torch.cat([padded[valid], padded[rows, 0]]))
+    assert batch.columns().tolist()[batch.total :] == [0] * len(rows)
+    tokens = padded * valid[..., None]
+    assert torch.equal(batch.unpack(packed), tokens)
+    tokens[rows, 0] = padded[rows, 0]
+    assert torch.equal(batch.unpack(packed, onlookers=True), tokens)
+    some = valid.any(dim=1)
+    assert torch.equal(batch.first_tokens(packed)[some], padded[some, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.int32])
@@ -99,8 +121,11 @@ def test_mask_facts() -> None:
     ids = torch.tensor([[1, 2, 99], [99, 5, 6], [99, 99, 99]])
     facts = read_mask(mask, ids, vocab_size=7)
     assert (facts.total, facts.max_seqlen, facts.is_binary) == (4, 2, True)
-    assert not facts.first_column_filled  # row 1 begins with padding; row 2 has no token at all
+    assert facts.headless == 1  # row 1 begins with padding; row 2 has no token at all
     assert facts.ids_in_range  # 99 stands on padding alone
+    assert not read_mask(mask, ids, vocab_size=7, onlookers=True).ids_in_range
+    ids[1, 0] = 6
+    assert read_mask(mask, ids, vocab_size=7, onlookers=True).ids_in_range
     assert not read_mask(mask, ids, vocab_size=6).ids_in_range
 
 
@@ -116,6 +141,8 @@ def test_host_waits_at_most_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Tensor, name, counted)
     pack(torch.tensor([[1, 0], [1, 1]]))
     assert waits == ["tolist"]
+    Onlookers.of(pack(torch.tensor([[0, 1], [1, 1]]), onlookers=True))
+    assert waits == ["tolist"] * 2
     waits.clear()
     pack_full(2, 5, "cpu").columns()
     assert waits == []
@@ -123,12 +150,16 @@ def test_host_waits_at_most_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_the_device_is_waited_for_at_most_once() -> None:
-    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], device="cuda")
+    mask = torch.tensor([[0, 0, 1], [1, 1, 0]], device="cuda")
     facts = read_mask(mask)  # the one wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch = pack(mask, facts)
+        batch = pack(mask, facts, onlookers=True)
+        onlookers = Onlookers.of(batch)
+        assert onlookers is not None
+        qkv = batch.pack(torch.ones(2, 3, 3, 2, 16, device="cuda"))
+        onlookers.attend(*qkv.unbind(1), 0.25, torch.empty_like(qkv[:, 0]))
         batch.unpack(batch.pack(torch.ones(2, 3, 4, device="cuda")))
         pack_lengths([2, 0, 3], device="cuda")
     finally:

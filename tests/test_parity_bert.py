@@ -18,15 +18,7 @@ from berts import (
 import encoder_fast
 from encoder_fast.parity import compare
 
-# 'left' is for models without a pooler: with one, the original forward runs (see test_fallbacks).
-MASKS = ("none", "right", "holes", "empty_row", "left")
-POOLED = {
-    "BertModel",
-    "BertForPreTraining",
-    "BertForNextSentencePrediction",
-    "BertForSequenceClassification",
-    "BertForMultipleChoice",
-}
+MASKS = ("none", "right", "holes", "empty_row", "left", "mixed")
 
 
 def call_for(head: str, kind: str) -> dict:
@@ -41,8 +33,6 @@ def call_for(head: str, kind: str) -> dict:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head", HEADS)
 def test_heads(head: str, dtype: str, kind: str) -> None:
-    if kind == "left" and head in POOLED:
-        pytest.skip("the pooler reads a padded column: test_fallbacks covers it")
     model = tiny(head).to(DTYPES[dtype])
     report = encoder_fast.check_parity(model, call_for(head, kind))
     assert report.ok, str(report)

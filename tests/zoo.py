@@ -136,12 +136,9 @@ def build(family: str, head: str = "Model", seed: int = 0, **changes: object) ->
     return model.to(DEVICE)
 
 
-def has_pooled_output(family: str, head: str) -> bool:
-    """Whether the model reads column 0, so that left padding runs the original forward."""
+def refuses_left_padding(family: str, head: str) -> bool:
+    """Whether a pooler or head reads column 0 and the attention over it is not plain softmax."""
     if (family, head) == ("modernbert", "ForMultipleChoice"):
         return False  # it looks for the first real token
-    if head in ("ForSequenceClassification", "ForMultipleChoice"):
-        return True
-    if head == "ForPreTraining":
-        return family != "electra"
-    return head == "Model"  # whoever holds it may pool column 0
+    pools = head in ("ForSequenceClassification", "ForMultipleChoice")
+    return family in BY_DISTANCE and (pools or (family, head) == ("mpnet", "Model"))

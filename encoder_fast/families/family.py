@@ -79,7 +79,10 @@ class Family:
         return False
 
     def is_token_level(self, parent: nn.Module) -> bool:
-        """Whether ``parent`` is a model of this family whose head never reads column 0 alone."""
+        """Whether ``parent`` is a model of this family whose head never reads column 0 alone.
+
+        Where it may, the encoder hands on the original's state in column 0, padding or not.
+        """
         names = self._names_of_head(type(parent))
         return bool(names) and not any(name in self.first_token_heads for name in names)
 

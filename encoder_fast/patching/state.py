@@ -170,11 +170,19 @@ class EncoderState:
         collect: list[Tensor] | None = [] if call.output_hidden_states else None
         first_alone = collect is None and wants_first_token_alone(model)
         hidden, batch = self._encode(model, call, reads_first, collect, first_alone)
-        last = hidden.unsqueeze(1) if first_alone else batch.unpack(hidden)
-        pooled = self.family.pool(model, last) if has_pooler else None
+        if first_alone:
+            last = read_by_pooler = hidden.unsqueeze(1)
+        else:
+            last = read_by_pooler = batch.unpack(hidden, onlookers=self.pools_first)
+            if batch.onlooker_rows is not None and not self.pools_first:
+                read_by_pooler = batch.unpack(hidden, onlookers=True)
+        pooled = self.family.pool(model, read_by_pooler) if has_pooler else None
         states = None
         if collect is not None:
-            states = tuple(last if state is hidden else batch.unpack(state) for state in collect)
+            states = tuple(
+                last if state is hidden else batch.unpack(state, onlookers=self.pools_first)
+                for state in collect
+            )
         return self._output(call, last, pooled, states)
 
     def _encode(
@@ -336,20 +344,22 @@ def _pack(
     vocab_size = spec.embeddings.word.weight.shape[0]
     # On the CPU the lookup itself checks the ids.
     ids = call.input_ids if mask.device.type != "cpu" else None
-    facts = read_mask(mask, ids, vocab_size)
+    facts = read_mask(mask, ids, vocab_size, onlookers=reads_first)
     if not facts.is_binary:
         raise NotFastError("an attention_mask with values other than 0 and 1")
     if not facts.ids_in_range:
         raise IndexError(f"input_ids must lie in [0, {vocab_size})")
-    if reads_first and not facts.first_column_filled:
-        # Where column 0 is padding, the original pools the state of a padding token that
-        # attends to the text, and this path has no such token.
-        raise NotFastError("a pooler over a padded first column (left padding)")
+    if reads_first and facts.headless and not spec.has_onlookers(shape[1]):
+        raise NotFastError(
+            "a pooler or head over a padded first column (left padding), and attention that is not "
+            "plain softmax"
+        )
     if facts.has_gaps and spec.sees_gaps(shape[1]):
         raise NotFastError("a mask with holes, and attention that goes by distance")
     if skips_padding:
         _check_length(call, facts.max_seqlen, spec)
-    return pack(mask, facts)
+    # Where column 0 is padding, the original pools what a padding token there sees of the text.
+    return pack(mask, facts, onlookers=reads_first)
 
 
 def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:

@@ -31,7 +31,9 @@ def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
 
     Calls, outputs, state dict and files stay what they were, with one difference: what the encoder
     returns at padded positions is zeros, so that a head's logits there are its bias, and a loss
-    that counts padded positions (labels other than -100) differs.
+    that counts padded positions (labels other than -100) differs. A first column that is padding
+    keeps the original's values where it is read inside ``model``: by the encoder's pooler, or by a
+    head that does not go token by token. So patch the whole model, not the encoder in it.
 
     Weights changed later take effect at the next call. One kind of change is noticed late, on the
     CPU alone: a part of a weight written through ``.data`` or NumPy, which PyTorch does not count;
@@ -92,9 +94,9 @@ def _patch(root: nn.Module, backend: str, strict: bool) -> list[nn.Module]:
         family = find_family(original)
         if family is None:
             continue
-        # Unless the head is known to go token by token, something may pool column 0.
+        # Unless the head is known to go token by token, it may pool column 0.
         parent = modules[path.rpartition(".")[0]]
-        pools_first = parent is module or not family.is_token_level(parent)
+        pools_first = parent is not module and not family.is_token_level(parent)
         state = EncoderState(family, original, backend, strict, pools_first)
         try:
             if "forward" in module.__dict__:
