@@ -133,7 +133,7 @@ def exchanged_columns(weight: torch.Tensor) -> None:
 def test_a_part_changed_unseen_by_autograd(path: str, edit: Callable[[torch.Tensor], None]) -> None:
     """It takes effect at the latest once FULL_LOOK_TOKENS more tokens have run."""
     model, call = encoder_fast.patch(tiny(max_position_embeddings=600)), inputs()
-    filler = torch.zeros(1, weights.FULL_LOOK_TOKENS, dtype=torch.long, device=DEVICE)
+    filler = torch.zeros(weights.FULL_LOOK_TOKENS // 32, 32, dtype=torch.long, device=DEVICE)
     with torch.no_grad():
         model(**call)
         edit(model.encoder.layer[1].get_submodule(path).weight)
