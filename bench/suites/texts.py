@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,7 +123,11 @@ class Source:
             model = transformers.AutoModel.from_pretrained(path, attn_implementation=attention)
             return model.eval().to(machine.device, dtype)
 
-        return cls("MiniLM-L6", load, transformers.AutoTokenizer.from_pretrained(path), path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        # All cut a text where sentence-transformers does.
+        settings = json.loads(Path(path, "sentence_bert_config.json").read_text("utf-8"))
+        tokenizer.model_max_length = settings["max_seq_length"]
+        return cls("MiniLM-L6", load, tokenizer, path)
 
     @classmethod
     def tiny(cls) -> Source:
