@@ -107,8 +107,10 @@ def load_tokenizer(path: str, subfolder: str, options: Mapping[str, Any] | None 
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder, **options or {})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} has no tokenizer that can be loaded: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        # transformers 4 looks for another format, and so for protobuf, where there are no files
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} has no tokenizer that can be loaded: {reason}") from error
     # Where there are no files, transformers 5 makes a tokenizer without a vocabulary.
     names = tokenizer.vocab_files_names.values() or ("tokenizer_config.json",)
     if all(find_file(path, join(subfolder, name)) is None for name in names):
