@@ -37,7 +37,7 @@ def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
 
     Weights changed later take effect at the next call. One kind of change is noticed late, on the
     CPU alone: a part of a weight written through ``.data`` or NumPy, which PyTorch does not count;
-    it takes effect once 256 more tokens have run, or at once after another ``patch``.
+    it takes effect once 1,024 more tokens have run, or at once after another ``patch``.
 
     Args:
         model: a supported Hugging Face encoder, bare or with a head; or any ``nn.Module`` or
