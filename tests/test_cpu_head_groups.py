@@ -18,9 +18,7 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="other devices have no s
 @pytest.mark.parametrize("option", ["plain", "bias", "window"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_attention(
-    groups: int, dtype: str, option: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention(groups: int, dtype: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, kind = (130, 0, 1, 97, 97), DTYPES[dtype]
     monkeypatch.setattr(cpu_attention, "_SCORES_BYTES", groups * 130 * 130 * kind.itemsize)
     seen = []
@@ -53,9 +51,7 @@ def test_attention(
 
 @pytest.mark.parametrize("terms", ["c2p+p2c", "c2p", "p2c"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_disentangled_attention(
-    dtype: str, terms: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disentangled_attention(dtype: str, terms: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_disentangled, "_CACHE_BYTES", 0)
     seen = []
     original = cpu_disentangled._attend

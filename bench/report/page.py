@@ -32,8 +32,8 @@ _HOW = """\
 - **In turn.** All contestants of a case are alive at once and run round after round, so that a busy
   moment hits all of them. Times are medians; *p20 to p80* is the spread from the 20th to the 80th
   percentile of the rounds, as a share of the median.
-- **Settled.** Where models run on a CPU each contestant waits for 20 ms first, so that the threads of
-  the one before are asleep, and of calls below 0.1 s the second of two in a row counts.
+- **Settled.** Where models run on a CPU each contestant waits for 20 ms first, so that the threads
+  of the one before are asleep, and of calls below 0.1 s the second of two in a row counts.
 - **Real tokens.** Tokens a second count those that are not padding, for everybody.
 - **Weights** are random and seeded, in the published sizes, unless a model is named as real; speed
   does not depend on them. *4 of 12 layers* means what it says: on a CPU a model's layers are cut to

@@ -172,10 +172,11 @@ def texts(device: Device) -> str:
                     f"{case.facts['tokens'] / row.median:,.0f}",
                     f"{row.spread:.0%}",
                     "-" if case.baseline is None else times(case.baseline.median / row.median),
+                    "-" if case.best_peer is None else times(case.best_peer.median / row.median),
                 ]
             )
     headers = ["Texts", "Contestant", "texts/s", "tokens/s", "p20 to p80", "speed"]
-    return table(headers, rows)
+    return table([*headers, "over the fastest peer"], rows)
 
 
 def kernels(device: Device) -> str:
