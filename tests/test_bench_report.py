@@ -230,6 +230,27 @@ def test_newest_record_of_each_case_counts(tmp_path: Path) -> None:
     assert len(device.records()) == 3 and len(device.records("models")) == 1
 
 
+def test_a_share_is_of_the_roofs_of_its_own_run(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / MACHINE.slug
+    write(folder, rows(), "2026-01-01")
+    later = [replace(r, case=f"later {r.case}") for r in rows() if r.suite == "kernels"]
+    write(folder, later, "2026-01-02", roofs={"copy": 2e11, "fp32": 2e12})
+    text = write_report(tmp_path / "results", tmp_path / "docs").read_text("utf-8")
+    shares = re.findall(r"(later )?attention base half .*? (\d+)% of", text)
+    assert [later for later, _ in shares] == ["", "later "]
+    first, second = (int(share) for _, share in shares)
+    assert second == pytest.approx(first / 10, abs=1)
+
+
+def test_texts_are_held_against_the_fastest_peer_too(tmp_path: Path) -> None:
+    texts = [row for row in rows() if row.suite == "texts"]
+    small = replace(slower(texts[1], 0.75), contestant="sentence-transformers, batches of 8")
+    write(tmp_path / "results" / MACHINE.slug, [*texts, small])
+    text = write_report(tmp_path / "results", tmp_path / "docs").read_text("utf-8")
+    (line,) = [line for line in text.splitlines() if "**TextEncoder**" in line]
+    assert line.endswith("| 2.00x | 1.50x |")
+
+
 def test_report_of_nothing_is_an_error(tmp_path: Path) -> None:
     words = ["report", "--results", str(tmp_path), "--docs", str(tmp_path)]
     result = CliRunner().invoke(app, words)

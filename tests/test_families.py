@@ -115,6 +115,17 @@ def test_too_long_names_the_limit(family: str) -> None:
         model(ids[:, 1:])
 
 
+@pytest.mark.parametrize("family", zoo.ROBERTAS)
+def test_too_many_embeddings_name_the_limit(family: str) -> None:
+    """Their positions count all columns, masked or not."""
+    model = encoder_fast.patch(zoo.build(family))
+    mask = torch.zeros(2, 39, dtype=torch.long, device=DEVICE)
+    mask[:, -5:] = 1
+    embeds = torch.randn(2, 39, 48, device=DEVICE)
+    with torch.inference_mode(), pytest.raises(ValueError, match="limit of 38 positions"):
+        model(inputs_embeds=embeds, attention_mask=mask)
+
+
 def test_roberta_positions_skip_padding_of_any_length() -> None:
     """More columns than positions are fine as long as the real tokens fit."""
     model = zoo.build("roberta", "ForTokenClassification", max_position_embeddings=12)

@@ -217,3 +217,52 @@ def test_the_host_waits_no_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
             counts.append(len(waits))
     # the first call also prepares the weights
     assert counts[1] == counts[2] == counts[3]
+
+
+def check_logits(model: nn.Module, call: dict, logits: Tensor, original: Tensor) -> None:
+    with torch.inference_mode():
+        exact = copy.deepcopy(encoder_fast.unpatch(model)).double()(**call).logits
+    row = compare("logits", logits, original, exact)
+    assert row.ok, row
+
+
+def test_an_encoder_patched_again_inside_its_head() -> None:
+    """The head still reads the first column, and still says so."""
+    family, head = "distilbert", "ForSequenceClassification"
+    model, call = zoo.build(family, head), call_for(family, head, "left")
+    with torch.inference_mode():
+        original = model(**call).logits
+        encoder_fast.patch(model)
+        encoder_fast.patch(model.distilbert, strict=True)
+        logits = model(**call).logits
+    check_logits(model, call, logits, original)
+
+
+class TwoHeads(nn.Module):
+    """One encoder under a tagger, which is found first, and under a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tagger = zoo.build("roberta", "ForTokenClassification")
+        self.classifier = zoo.build("roberta", "ForSequenceClassification")
+        self.classifier.roberta = self.tagger.roberta
+
+
+def test_an_encoder_under_two_heads() -> None:
+    both, call = TwoHeads(), call_for("roberta", "ForSequenceClassification", "left")
+    with torch.inference_mode():
+        original = both.classifier(**call).logits
+        encoder_fast.patch(both, strict=True)
+        logits = both.classifier(**call).logits
+    check_logits(both.classifier, call, logits, original)
+
+
+@pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
+def test_flash_attention_gives_padding_nothing_to_see(head: str) -> None:
+    """What it would pool is none of the numbers that are computed here."""
+    model = encoder_fast.patch(zoo.build("bert", head), strict=True)
+    model.config._attn_implementation = "flash_attention_2"
+    with torch.inference_mode():
+        model(**inputs("right"))
+        with pytest.raises(encoder_fast.FallbackError, match="flash attention"):
+            model(**inputs("left"))

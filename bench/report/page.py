@@ -27,10 +27,13 @@ _HOW = """\
 
 - **Parity first.** Each contestant's numbers are compared with float64 by the
   [parity rule](../CONTRIBUTING.md#the-parity-rule) before it is timed. *error* is its error in
-  units of the eager original's in the same dtype; who breaks the rule gets no figure.
+  units of the eager original's in the same dtype. The rule allows 2 and a rounding step more; who
+  breaks it gets no figure.
 - **In turn.** All contestants of a case are alive at once and run round after round, so that a busy
   moment hits all of them. Times are medians; *p20 to p80* is the spread from the 20th to the 80th
   percentile of the rounds, as a share of the median.
+- **Settled.** Where models run on a CPU each contestant waits for 20 ms first, so that the threads
+  of the one before are asleep, and of calls below 0.1 s the second of two in a row counts.
 - **Real tokens.** Tokens a second count those that are not padding, for everybody.
 - **Weights** are random and seeded, in the published sizes, unless a model is named as real; speed
   does not depend on them. *4 of 12 layers* means what it says: on a CPU a model's layers are cut to
@@ -42,7 +45,8 @@ _HOW = """\
   CPU; ONNX Runtime after its own transformer optimizer; OpenVINO compiled for the dtype.
 - **Peak memory** is what building the contestant and its first call add at the highest, an
   exporter's own copies included.
-- **Roofs** are measured in the same run: a copy, and square GEMMs in each precision.
+- **Roofs** are measured in each run: a copy, and square GEMMs in each precision. A share is that of
+  the roofs of the same run; the picture and the line above the table have the newest.
 
 ```console
 $ make bench        # this machine, under 15 minutes on two CPU cores
@@ -96,7 +100,8 @@ def _device(device: Device, pictures: dict[str, str]) -> Iterator[str]:
         yield "### One text and eight\n"
         yield (
             "*Outside kernels* is the share of a call in which no kernel runs, or on a CPU no "
-            "PyTorch operation, by PyTorch's profiler.\n"
+            "PyTorch operation, by PyTorch's profiler. Of less than a hundred rounds p99 is "
+            "little else than the slowest.\n"
         )
         yield _picture(device, "latency", pictures)
         yield _folded("Every latency", tables.latency(device))

@@ -150,13 +150,14 @@ def latency(device: Device) -> str:
                     f"**{row.contestant}**{mark(device, row)}" if row.ours else row.contestant,
                     milliseconds(row.seconds["p50"]),
                     milliseconds(row.seconds["p99"]),
+                    str(row.seconds["n"]),
                     "-" if outside is None else f"{outside:.0%}",
                 ]
             )
     for i in range(len(rows) - 1, 0, -1):
         if rows[i][0] == rows[i - 1][0]:
             rows[i][0] = ""
-    return table(["Case", "Contestant", "p50 ms", "p99 ms", "outside kernels"], rows)
+    return table(["Case", "Contestant", "p50 ms", "p99 ms", "rounds", "outside kernels"], rows)
 
 
 def texts(device: Device) -> str:
@@ -171,21 +172,21 @@ def texts(device: Device) -> str:
                     f"{case.facts['tokens'] / row.median:,.0f}",
                     f"{row.spread:.0%}",
                     "-" if case.baseline is None else times(case.baseline.median / row.median),
+                    "-" if case.best_peer is None else times(case.best_peer.median / row.median),
                 ]
             )
     headers = ["Texts", "Contestant", "texts/s", "tokens/s", "p20 to p80", "speed"]
-    return table(headers, rows)
+    return table([*headers, "over the fastest peer"], rows)
 
 
 def kernels(device: Device) -> str:
     """Ours and the fastest peer of each op, with the share of the roof."""
-    roofs = device.records("kernels")[0].header["roofs"]
     rows = []
     for case in device.cases("kernels"):
         ours, best = case.ours, case.best_peer
         if ours is None:
             continue
-        share = roof_share(case, ours, roofs)
+        share = roof_share(case, ours)
         rows.append(
             [
                 f"{case.name}{mark(device, ours)}",
@@ -203,9 +204,13 @@ def kernels(device: Device) -> str:
     )
 
 
-def roof_share(case: Case, row: Row, roofs: dict[str, float]) -> tuple[float, str] | None:
-    """How near a kernel comes to the least time that its roofs allow, and which roof that is."""
+def roof_share(case: Case, row: Row) -> tuple[float, str] | None:
+    """How near a kernel comes to the least time that its roofs allow, and which roof that is.
+
+    The roofs are those of its own run: another day's may be higher or lower.
+    """
     facts = case.facts
+    roofs = case.device.taken[row.suite][case.name].header["roofs"]
     least = roof_seconds(roofs, facts["dtype"], facts["bytes"], facts["operations"])
     return None if least is None else (least[0] / row.median, least[1])
 

@@ -166,9 +166,10 @@ class EncoderState:
     def _run(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = read_arguments(self.original, model.config, args, kwargs)
         has_pooler = getattr(model, "pooler", None) is not None
-        reads_first = has_pooler or self.pools_first
         collect: list[Tensor] | None = [] if call.output_hidden_states else None
         first_alone = collect is None and wants_first_token_alone(model)
+        # A head says so also where the encoder in it was patched again by itself.
+        reads_first = has_pooler or self.pools_first or first_alone
         hidden, batch = self._encode(model, call, reads_first, collect, first_alone)
         if first_alone:
             last = read_by_pooler = hidden.unsqueeze(1)
@@ -203,6 +204,11 @@ class EncoderState:
             raise NotFastError(f"dtype {like.dtype} on backend {backend}")
         shape = _check_tensors(call, like)
         batch = _pack(call, shape, spec, reads_first=reads_first)
+        if batch.onlooker_rows is not None and _leaves_padding_out(model.config):
+            raise NotFastError(
+                "a pooler or head over a padded first column (left padding), and flash attention, "
+                "which computes nothing for padding"
+            )
         weights = reading.cache.current(like, batch.total)
         positions = _positions(call, spec.embeddings.position_padding_idx, batch)
         hidden = _embed(call, spec, weights, backend, batch, positions)
@@ -272,6 +278,11 @@ def _check_attention(config: Any, spec: EncoderSpec) -> None:
             raise NotFastError("a causal attention module")
 
 
+def _leaves_padding_out(config: Any) -> bool:
+    """Whether the original's attention gives zeros for padding, where others give what it sees."""
+    return str(getattr(config, "_attn_implementation", None)).startswith("flash")
+
+
 def _check_mode(model: nn.Module, call: Arguments) -> None:
     config: Any = model.config
     if getattr(config, "is_decoder", False):
@@ -332,7 +343,8 @@ def _check_tensors(call: Arguments, like: Tensor) -> tuple[int, int]:
 def _pack(
     call: Arguments, shape: tuple[int, int], spec: EncoderSpec, *, reads_first: bool
 ) -> PackedBatch:
-    skips_padding = spec.embeddings.position_padding_idx is not None
+    # Of embeddings there is none to skip: their positions count all columns.
+    skips_padding = spec.embeddings.position_padding_idx is not None and call.input_ids is not None
     mask = call.attention_mask
     known = batch_known_for(shape)
     if mask is None or known is not None or not skips_padding:

@@ -37,13 +37,13 @@ def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
 
     Weights changed later take effect at the next call. One kind of change is noticed late, on the
     CPU alone: a part of a weight written through ``.data`` or NumPy, which PyTorch does not count;
-    it takes effect once 256 more tokens have run, or at once after another ``patch``.
+    it takes effect once 1,024 more tokens have run, or at once after another ``patch``.
 
     Args:
         model: a supported Hugging Face encoder, bare or with a head; or any ``nn.Module`` or
             transformers pipeline that holds one.
-        backend: ``auto`` (by device), ``cpu``, ``triton`` or ``reference``. One asked for by name
-            never gives way to another.
+        backend: ``auto`` (by device), ``cpu``, ``triton``, ``cuda`` or ``reference``. One asked for
+            by name never gives way to another.
         strict: raise :class:`~encoder_fast.FallbackError` where a call would run the original
             forward, instead of running and counting it.
 
@@ -94,9 +94,10 @@ def _patch(root: nn.Module, backend: str, strict: bool) -> list[nn.Module]:
         family = find_family(original)
         if family is None:
             continue
-        # Unless the head is known to go token by token, it may pool column 0.
-        parent = modules[path.rpartition(".")[0]]
-        pools_first = parent is not module and not family.is_token_level(parent)
+        # An encoder may be shared. Unless all heads are known to go token by token, one may pool
+        # column 0.
+        parents = [(m, n) for m in modules.values() for n, c in m._modules.items() if c is module]
+        pools_first = not all(family.is_token_level(parent) for parent, _ in parents)
         state = EncoderState(family, original, backend, strict, pools_first)
         try:
             if "forward" in module.__dict__:
@@ -106,9 +107,10 @@ def _patch(root: nn.Module, backend: str, strict: bool) -> list[nn.Module]:
             where = f"{original.__name__}{f' at {path}' if path else ''}"
             raise UnsupportedModelError(f"{where}: {error}. Nothing was changed.") from None
         found.append((module, state))
-        if parent is not module and family.reads_first_token_alone(_original_class(parent), parent):
-            name = path.rpartition(".")[2]
-            heads.append((parent, HeadState(family, _original_class(parent), name)))
+        for parent, name in parents:
+            cls = _original_class(parent)
+            if family.reads_first_token_alone(cls, parent):
+                heads.append((parent, HeadState(family, cls, name)))
     if not found:
         raise unsupported(root)
     patched: list[tuple[nn.Module, EncoderState | HeadState]] = [*found, *heads]
