@@ -72,7 +72,7 @@ def attention(
                 _attend_in_window(
                     q[rows], k[rows], v[rows], softmax_scale, window, edges, out[rows]
                 )
-        elif alone and same_dtype and length in _CACHED_SCORES.get(q.dtype, ()):
+        elif alone and same_dtype and _goes_by_gemms(q.dtype, length):
             for start in bounds[first:last]:
                 rows = slice(start, start + length)
                 queries = q[rows] if bias is None else q[rows].flip(0)
@@ -91,6 +91,12 @@ def attention(
     if bounds[-1] < total:
         out[bounds[-1] :].zero_()
     return out
+
+
+def _goes_by_gemms(dtype: torch.dtype, length: int) -> bool:
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False  # a processor without instructions for it: PyTorch's GEMM is a plain loop
+    return length in _CACHED_SCORES.get(dtype, ())
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
