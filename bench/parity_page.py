@@ -32,13 +32,10 @@ from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.parity import ParityReport
 
 # Architectures that the benchmarks leave out, for their layers are BERT's or RoBERTa's.
-_BASE = SIZES["BERT-base"].settings
 _ROBERTA = SIZES["RoBERTa-base"].settings
 _FURTHER = (
     Size("XLM-RoBERTa-base", "XLMRobertaConfig", _ROBERTA, layers=12, cpu_layers=3),
     Size("CamemBERT-base", "CamembertConfig", _ROBERTA, layers=12, cpu_layers=3),
-    Size("ELECTRA-base", "ElectraConfig", _BASE, layers=12, cpu_layers=3),
-    Size("ALBERT-base", "AlbertConfig", {**_BASE, "embedding_size": 128}, 12, cpu_layers=3),
     Size(
         "XLM-RoBERTa-XL, 1024 wide",
         "XLMRobertaXLConfig",
