@@ -14,7 +14,7 @@ import torch
 
 import encoder_fast
 from encoder_fast.backends import resolve, why_not
-from encoder_fast.backends.cpu import has_onednn
+from encoder_fast.backends.onednn import has_onednn
 
 # What a figure may depend on: what ours runs on, and every peer.
 PACKAGES = (

@@ -62,12 +62,14 @@ nearer to float64 than the original is.
 
 @dataclass(frozen=True, slots=True)
 class FamilyResult:
-    """What the rule says of one architecture in one dtype; ``reason`` where it could not run."""
+    """What the rule says of one architecture in one dtype; ``reason`` where it could not run, and
+    ``failed`` where it should have."""
 
     title: str
     dtype: str
     report: ParityReport | None
     reason: str = ""
+    failed: bool = False
 
 
 def write_page(machine: Machine, path: Path, *, quick: bool = False) -> bool:
@@ -88,7 +90,9 @@ def write_page(machine: Machine, path: Path, *, quick: bool = False) -> bool:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), "utf-8")
-    return all(result.report.ok for result in families if result.report is not None)
+    return all(
+        not result.failed if result.report is None else result.report.ok for result in families
+    )
 
 
 def family_results(machine: Machine, quick: bool) -> Iterator[FamilyResult]:
@@ -108,7 +112,8 @@ def family_results(machine: Machine, quick: bool) -> Iterator[FamilyResult]:
                 reason = str(error).partition(". ")[0]
                 yield FamilyResult(title, dtype_name(dtype), None, reason)
             except Exception as error:
-                yield FamilyResult(title, dtype_name(dtype), None, first_line(error))
+                reason = first_line(error)
+                yield FamilyResult(title, dtype_name(dtype), None, reason, failed=True)
             else:
                 yield FamilyResult(title, dtype_name(dtype), report)
 

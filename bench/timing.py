@@ -138,7 +138,7 @@ def _settled(
 
 
 def _on_gpu(calls: Sequence[Call]) -> tuple[Callable[[], float], str]:
-    replay = _capture(calls)
+    replay = capture(calls)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def run_all() -> None:
@@ -157,7 +157,7 @@ def _on_gpu(calls: Sequence[Call]) -> tuple[Callable[[], float], str]:
     return once, "cuda graph" if replay else "cuda events"
 
 
-def _capture(calls: Sequence[Call]) -> Callable[[], None] | None:
+def capture(calls: Sequence[Call]) -> Callable[[], None] | None:
     """All calls as one CUDA graph; ``None`` where one of them can't be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -72,7 +72,7 @@ def info() -> Info:
 
 
 def _cpu() -> str:
-    from encoder_fast.backends.cpu import has_onednn
+    from encoder_fast.backends.onednn import has_onednn
 
     fast = [
         str(dtype).removeprefix("torch.")

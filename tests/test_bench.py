@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +22,11 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is measured, not imitated", allow_module_level=True)
 
 import bench.ops
-from bench import record, roofs, timing, tune
+from bench import model_peers, record, roofs, timing, tune
 from bench.cli import app
 from bench.contestant import Entry, Ready, Unavailable
 from bench.machine import find_machine
-from bench.models import SIZES
+from bench.models import SIZES, ModelCase, inputs_of
 from bench.session import Session
 from bench.sources import ROOT, changed, fingerprint, fingerprints, sources_of_op
 from bench.suites import kernels, models, texts
@@ -104,6 +105,39 @@ def test_filter_takes_words(tmp_path: Path) -> None:
     run("kernels", "--fake", "--out", str(tmp_path), "--filter", "pool fp32")
     (path,) = tmp_path.glob("*.json")
     assert {row.facts["op"] for row in record.read(path).rows} == {"pool"}
+
+
+def test_a_graph_for_each_shape_follows_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a stand-in for CUDA's graphs: what is captured runs once, and again at each replay."""
+    captured = []
+
+    def capture(calls: list) -> Callable[[], None]:
+        captured.append(calls)
+        calls[0]()
+        return calls[0]
+
+    monkeypatch.setattr(model_peers, "capture", capture)
+    machine: Any = SimpleNamespace(
+        device=torch.device("cpu"), kind="fake", is_fake=True, is_gpu=True
+    )
+    make = model_peers._replayed("reference")
+    cases = [
+        ModelCase(SIZES["BERT-base"], Workload("full", 2, length), torch.float32)
+        for length in (9, 5)
+    ]
+    batches = [inputs_of(case, machine, seed) for case in cases for seed in (0, 1)]
+    plain = model_peers._ours("reference")(machine, cases[0], batches[0])
+    with torch.inference_mode():
+        replayed = make(machine, cases[0], batches[0])
+        for batch in batches:
+            assert torch.equal(replayed(batch), plain(batch))
+        assert len(captured) == 2
+        monkeypatch.setattr(model_peers, "capture", lambda calls: None)
+        with pytest.raises(Unavailable, match="could not be captured"):
+            make(machine, cases[0], batches[0])
+    padded = ModelCase(SIZES["BERT-base"], Workload("half", 2, 9), torch.float32)
+    with pytest.raises(Unavailable, match="padded"):
+        make(machine, padded, batches[0])
 
 
 def test_own_texts_take_the_place_of_the_suites(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from encoder_fast.backends.linears import (
     inner_features,
     stack_linears,
 )
+from encoder_fast.backends.onednn import has_onednn
 
 __all__ = [
     "add_layer_norm",
@@ -57,17 +58,6 @@ _SLICE, _SLICE_FROM = 768, 512
 # In half precision queries and keys are turned in float32, as many tokens at a time as leave the
 # wider copy in the cache.
 _ROTARY_TOKENS = 64
-
-
-def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether this processor and this build of PyTorch have oneDNN's linear in ``dtype``."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return dtype == torch.float32
 
 
 def add_layer_norm(

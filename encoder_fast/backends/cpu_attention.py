@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoder_fast.backends.onednn import has_onednn
+
 # At these lengths one sequence goes through whole GEMMs, as many heads at a time as have their
 # scores within this many bytes. It took 0.5 to 0.9 times as long as PyTorch's flash kernel, which
 # multiplies in blocks of 32 or 64 queries.
@@ -94,9 +96,8 @@ def attention(
 
 
 def _goes_by_gemms(dtype: torch.dtype, length: int) -> bool:
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False  # a processor without instructions for it: PyTorch's GEMM is a plain loop
-    return length in _CACHED_SCORES.get(dtype, ())
+    # Without instructions for bfloat16 PyTorch's GEMM is a plain loop.
+    return length in _CACHED_SCORES.get(dtype, ()) and has_onednn(dtype)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:

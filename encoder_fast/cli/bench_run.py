@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import encoder_fast
-from encoder_fast.backends.cpu import has_onednn
+from encoder_fast.backends.onednn import has_onednn
 from encoder_fast.cli.checkpoint import Checkpoint, describe, processor
 from encoder_fast.cli.errors import UserError, first_line
 from encoder_fast.cli.measuring import (

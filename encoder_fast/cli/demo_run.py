@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import encoder_fast
-from encoder_fast.backends.cpu import has_onednn
+from encoder_fast.backends.onednn import has_onednn
 from encoder_fast.cli.checkpoint import Checkpoint, default_device, describe, processor
 from encoder_fast.cli.errors import UserError
 from encoder_fast.cli.measuring import (

@@ -71,7 +71,7 @@ def parity(
         import torch
 
         import encoder_fast
-        from encoder_fast.backends.cpu import has_onednn
+        from encoder_fast.backends.onednn import has_onednn
         from encoder_fast.cli.checkpoint import Checkpoint, default_device, describe
         from encoder_fast.cli.measuring import mixed_lengths
 
