@@ -15,7 +15,7 @@ HEADS, SIZE = 5, 16
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="other devices have no such groups")
 
 
-@pytest.mark.parametrize("option", ["plain", "bias", "window"])
+@pytest.mark.parametrize("option", ["plain", "bias"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_attention(groups: int, dtype: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,21 +24,19 @@ def test_attention(groups: int, dtype: str, option: str, monkeypatch: pytest.Mon
     # a processor without bfloat16 would go another way
     monkeypatch.setattr(cpu_attention, "has_onednn", lambda dtype: True)
     seen = []
-    original = cpu_attention._heads_in_cache
+    original = cpu_attention._by_gemms
 
     def spy(q: torch.Tensor, *rest: object) -> torch.Tensor:
         seen.append(q.shape[0])
         return original(q, *rest)
 
-    monkeypatch.setattr(cpu_attention, "_heads_in_cache", spy)
+    monkeypatch.setattr(cpu_attention, "_by_gemms", spy)
     qkv = torch.randn(sum(counts), 3, HEADS, SIZE, dtype=kind)
     bias = torch.randn(HEADS, 2 * 40 + 1, dtype=kind) if option == "bias" else None
-    window = 20 if option == "window" else None
     output = attention(
         *qkv.unbind(1),
         cumulative(list(counts)),
         max(counts),
-        window_size=window,
         relative_bias=bias,
         backend="cpu",
     )
@@ -46,7 +44,7 @@ def test_attention(groups: int, dtype: str, option: str, monkeypatch: pytest.Mon
     for rows in torch.arange(len(qkv)).split(counts):
         if len(rows):
             eager, exact = (
-                distance_attention(qkv[rows].to(t), window, bias) for t in (kind, torch.float64)
+                distance_attention(qkv[rows].to(t), None, bias) for t in (kind, torch.float64)
             )
             check(output[rows], eager, exact)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from encoder_fast.backends.cpu_attention import attention
 from encoder_fast.backends.cpu_disentangled import disentangled_attention
+from encoder_fast.backends.heap import keep_large_blocks
 from encoder_fast.backends.linears import (
     Activation,
     PreparedFeedForward,
@@ -105,6 +106,7 @@ def embed_layer_norm(
 
 
 def prepare_linear(weights: list[Tensor], biases: list[Tensor | None]) -> PreparedLinear:
+    keep_large_blocks()
     weight, bias = stack_linears(weights, biases)
     return _reorder(weight, bias)
 
@@ -178,12 +180,16 @@ def prepare_feed_forward(
 def feed_forward_prepared(
     x: Tensor, prepared: PreparedFeedForward, activation: Activation | None
 ) -> Tensor:
-    (w_in, w_out), *others = prepared.slices
-    inner = inner_features(x, w_in, activation, prepared.gated, linear_prepared)
-    y = linear_prepared(inner, w_out, None)
-    for w_in, w_out in others:
+    y: Tensor | None = None
+    for w_in, w_out in prepared.slices:
         inner = inner_features(x, w_in, activation, prepared.gated, linear_prepared)
-        y = torch.ops.mkldnn._linear_pointwise.binary(inner, y, w_out.weight, None, "add")
+        if y is None:
+            y = linear_prepared(inner, w_out, None)
+        else:
+            y = torch.ops.mkldnn._linear_pointwise.binary(inner, y, w_out.weight, None, "add")
+        # The next slice is to get the same memory, which is in the cache.
+        del inner
+    assert y is not None
     return y
 
 
