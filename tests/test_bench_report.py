@@ -271,3 +271,19 @@ def test_parity_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for section in ("## Labels", "## Retrieval", "## Batch-mates"):
         assert section in text
     assert "encoder_fast.errors" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is measured, not imitated")
+def test_a_family_that_fails_fails_the_parity_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import parity_page
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a shape does not fit")
+
+    monkeypatch.setattr(parity_page, "build", fail)
+    monkeypatch.setattr(parity_page, "_SECTIONS", ())
+    machine = Machine(torch.device("cpu"), "Some Processor", 1)
+    assert not parity_page.write_page(machine, tmp_path / "parity.md", quick=True)
+    assert "a shape does not fit" in (tmp_path / "parity.md").read_text("utf-8")
