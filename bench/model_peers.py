@@ -18,7 +18,7 @@ from bench.contestant import Unavailable, need
 from bench.machine import Machine
 from bench.models import ModelCase, build
 from bench.sources import sources_of_model
-from bench.timing import capture
+from encoder_fast.graphs import GraphReport
 
 Forward = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -46,7 +46,8 @@ def contestants(machine: Machine, case: ModelCase) -> Iterator[ModelPeer]:
             if backend != default:
                 label = f"{OURS}, backend {backend}"
                 yield ModelPeer(label, _ours(backend), sources_of_model(backend))
-        yield ModelPeer(GRAPHS, _replayed(default), sources_of_model(default))
+        sources = (*sources_of_model(default), "encoder_fast/graphs/")
+        yield ModelPeer(GRAPHS, _replayed(default), sources)
     yield ModelPeer(EAGER, _hugging_face("eager"))
     if case.size.sdpa:
         yield ModelPeer(SDPA, _hugging_face("sdpa"))
@@ -80,22 +81,22 @@ def _ours(backend: str) -> Callable[..., Forward]:
 
 
 def _replayed(backend: str) -> Callable[..., Forward]:
-    """The patched model as CUDA graphs, one for each shape. A batch without padding needs no mask,
-    and then nothing waits for the device: all of a forward can be captured."""
+    """The patched model with CUDA graphs, all of them recorded before a shape's first result."""
 
     def make(machine: Machine, case: ModelCase, inputs: Mapping[str, Tensor]) -> Forward:
         if not machine.is_gpu:
             raise Unavailable("CUDA graphs need an NVIDIA GPU")
-        if case.workload.padding:
-            raise Unavailable("the lengths of a padded batch are read on the host")
-        forward = _ours(backend)(machine, case, inputs)
-        graphs: dict[torch.Size, _Graph] = {}
+        model = build(case, machine, _best_attention(case))
+        encoder_fast.patch(model, backend=backend, cuda_graphs=True, strict=True)
+        forward = _plain(model)
+        recorded: set[torch.Size] = set()
 
         def replayed(inputs: Mapping[str, Tensor]) -> Tensor:
             shape = inputs["input_ids"].shape
-            if shape not in graphs:
-                graphs[shape] = _Graph(forward, inputs)
-            return graphs[shape](inputs)
+            if shape not in recorded:
+                _record(model, lambda: forward(inputs))
+                recorded.add(shape)
+            return forward(inputs)
 
         replayed(inputs)
         return replayed
@@ -103,26 +104,21 @@ def _replayed(backend: str) -> Callable[..., Forward]:
     return make
 
 
-class _Graph:
-    """A forward over tensors that stay where they are; the mask is left out."""
+def _record(model: Any, call: Callable[[], Tensor]) -> None:
+    """Call until a graph is replayed, or say why none is."""
+    before = _graphs(model)
+    for _ in range(2):
+        call()
+    after = _graphs(model)
+    if after.replayed == before.replayed:
+        reasons = [r for r, n in after.without.items() if n > before.without.get(r, 0)]
+        raise Unavailable(f"runs without a graph: {', '.join(reasons)}")
 
-    def __init__(self, forward: Forward, inputs: Mapping[str, Tensor]) -> None:
-        self._forward = forward
-        self._inputs = {k: x.clone() for k, x in inputs.items() if k != "attention_mask"}
-        self._output: Tensor | None = None
-        self._replay = capture([self._run])
-        if self._replay is None:
-            raise Unavailable("the forward could not be captured")
 
-    def _run(self) -> None:
-        self._output = self._forward(self._inputs)
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        assert self._replay is not None and self._output is not None
-        for name, fixed in self._inputs.items():
-            fixed.copy_(inputs[name])
-        self._replay()
-        return self._output
+def _graphs(model: Any) -> GraphReport:
+    graphs = encoder_fast.report(model).encoders[0].graphs
+    assert graphs is not None
+    return graphs
 
 
 def _hugging_face(attention: str) -> Callable[..., Forward]:

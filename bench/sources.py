@@ -16,7 +16,7 @@ _PATTERNS = (
     *("encoder_fast/backends/*.json", "encoder_fast/backends/*.py"),
     *("encoder_fast/ops/*.py", "encoder_fast/families/*.py"),
     *("encoder_fast/engine.py", "encoder_fast/packing.py", "encoder_fast/weights.py"),
-    *("encoder_fast/patching/*.py", "encoder_fast/text/*.py"),
+    *("encoder_fast/graphs/*.py", "encoder_fast/patching/*.py", "encoder_fast/text/*.py"),
 )
 
 

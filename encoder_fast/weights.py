@@ -65,6 +65,9 @@ class EncoderWeights:
     layers: list[LayerWeights]
 
 
+_NO_LAYERS = EncoderWeights(None, None, [])
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     """All layers' weights, and what they were made from.
@@ -129,22 +132,50 @@ class WeightCache:
         Raises:
             NotFastError: a parameter is of another dtype or device, or is no plain tensor.
         """
+        if like.device.type != "cpu":
+            return self.rewritten(like)
+        sources = self._checked_sources(like)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._verified(sources, like, tokens) if sources else _NO_LAYERS
+
+    def rewritten(self, like: Tensor) -> EncoderWeights:
+        """The weights as :meth:`current` has them on a GPU: derived anew, by work of the device
+        alone, which a CUDA graph can repeat.
+
+        Raises:
+            NotFastError: as :meth:`current` does.
+        """
+        sources = self._checked_sources(like)
+        # Buffers made under inference_mode could not be written outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._rewritten(sources, like) if sources else _NO_LAYERS
+
+    @property
+    def buffers(self) -> object:
+        """What :meth:`rewritten` writes, to be held by whoever has recorded it."""
+        return self._prepared
+
+    def places(self) -> list[tuple | None]:
+        """Where every weight lies and in what form: a recording of :meth:`rewritten` is right for
+        as long as this comes out equal.
+
+        Raises:
+            NotFastError: a weight is no parameter.
+        """
+        used = [p for module in self._unprepared for p in module._parameters.values()]
+        used += [_parameter(module, name) for module, name in self._sources]
+        return [None if parameter is None else layout(parameter) for parameter in used]
+
+    def _checked_sources(self, like: Tensor) -> list[Tensor]:
         for module in self._unprepared:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     _check_plain(parameter, like)
-        sources = [
+        return [
             parameter
             for module, name in self._sources
             if (parameter := _parameter(module, name)) is not None
         ]
-        if not sources:
-            return EncoderWeights(None, None, [])  # a model without layers
-        # Buffers made under inference_mode could not be written outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            if like.device.type == "cpu":
-                return self._verified(sources, like, tokens)
-            return self._rewritten(sources, like)
 
     def _verified(self, sources: list[Tensor], like: Tensor, tokens: int) -> EncoderWeights:
         identity = tuple(map(_identity, sources))
@@ -275,9 +306,13 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
         raise NotFastError(f"a {type(module).__name__} whose {name} is no parameter") from None
 
 
+def layout(tensor: Tensor) -> tuple:
+    """Where a tensor lies and how it is read."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, type(tensor)
+
+
 def _identity(tensor: Tensor) -> tuple:
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype, type(tensor)
+    return *layout(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _check_plain(tensor: Tensor, like: Tensor) -> None:

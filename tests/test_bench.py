@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import frozen_recorder
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -107,37 +107,28 @@ def test_filter_takes_words(tmp_path: Path) -> None:
     assert {row.facts["op"] for row in record.read(path).rows} == {"pool"}
 
 
-def test_a_graph_for_each_shape_follows_its_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a stand-in for CUDA's graphs: what is captured runs once, and again at each replay."""
-    captured = []
-
-    def capture(calls: list) -> Callable[[], None]:
-        captured.append(calls)
-        calls[0]()
-        return calls[0]
-
-    monkeypatch.setattr(model_peers, "capture", capture)
+def test_graphs_follow_their_inputs_or_say_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = frozen_recorder.install(monkeypatch)
     machine: Any = SimpleNamespace(
         device=torch.device("cpu"), kind="fake", is_fake=True, is_gpu=True
     )
     make = model_peers._replayed("reference")
     cases = [
-        ModelCase(SIZES["BERT-base"], Workload("full", 2, length), torch.float32)
-        for length in (9, 5)
+        ModelCase(SIZES["BERT-base"], Workload(kind, 2, length), torch.float32)
+        for kind, length in (("full", 9), ("half", 30))
     ]
     batches = [inputs_of(case, machine, seed) for case in cases for seed in (0, 1)]
-    plain = model_peers._ours("reference")(machine, cases[0], batches[0])
     with torch.inference_mode():
         replayed = make(machine, cases[0], batches[0])
-        for batch in batches:
-            assert torch.equal(replayed(batch), plain(batch))
-        assert len(captured) == 2
-        monkeypatch.setattr(model_peers, "capture", lambda calls: None)
-        with pytest.raises(Unavailable, match="could not be captured"):
+        for case, inputs in zip(cases, batches[::2], strict=True):
+            assert models.Check(machine, case, inputs)(replayed(inputs)).ok
+        assert len(recorder.recordings) == 2
+        for first, second in (batches[:2], batches[2:]):
+            assert not torch.equal(replayed(first), replayed(second))
+        assert len(recorder.recordings) == 2
+        monkeypatch.setattr("encoder_fast.graphs.cache.most_tokens", lambda *_: 17)
+        with pytest.raises(Unavailable, match="without a graph: more than 17 tokens"):
             make(machine, cases[0], batches[0])
-    padded = ModelCase(SIZES["BERT-base"], Workload("half", 2, 9), torch.float32)
-    with pytest.raises(Unavailable, match="padded"):
-        make(machine, padded, batches[0])
 
 
 def test_own_texts_take_the_place_of_the_suites(tmp_path: Path) -> None:

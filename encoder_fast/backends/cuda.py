@@ -33,6 +33,9 @@ __all__ = [
     "prepare_linear",
 ]
 
+# No op waits for the device or asks it anything, so that CUDA graphs can be recorded.
+RECORDABLE = True
+
 _kernels = CudaKernels(importlib.import_module("encoder_fast._cuda"))
 
 add_layer_norm = _kernels.add_layer_norm

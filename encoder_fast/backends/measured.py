@@ -15,6 +15,7 @@ _TRITON = load("triton")
 HEAD_SIZES = _TRITON.HEAD_SIZES
 MAX_WIDTH = _TRITON.MAX_WIDTH
 DTYPES = _TRITON.DTYPES
+RECORDABLE = _TRITON.RECORDABLE
 
 disentangled_attention = _TRITON.disentangled_attention
 feed_forward_prepared = _TRITON.feed_forward_prepared

@@ -113,7 +113,8 @@ def disentangled_attention(
     )
 
 
-@functools.lru_cache(maxsize=64)
+# Kept for good: a CUDA graph that was recorded with one goes on reading it.
+@functools.cache
 def make_row_of_distance(
     span: int, buckets: int, max_distance: int, device: torch.device
 ) -> Tensor:

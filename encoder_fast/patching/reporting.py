@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from encoder_fast.graphs import GraphReport
 from encoder_fast.patching.locate import STATE, root_module
 
 
@@ -45,6 +46,7 @@ class EncoderReport:
         why: why that backend.
         fast_calls: calls that ran on the fast path.
         fallbacks: calls that ran the original forward, by reason.
+        graphs: its CUDA graphs; ``None`` where they were not asked for.
     """
 
     path: str
@@ -54,6 +56,7 @@ class EncoderReport:
     why: str
     fast_calls: int
     fallbacks: dict[str, int]
+    graphs: GraphReport | None = None
 
     def __str__(self) -> str:
         where = f" at {self.path}" if self.path else ""
@@ -65,6 +68,8 @@ class EncoderReport:
             lines.append(f"  original forward: {sum(self.fallbacks.values())}")
             for reason, count in sorted(self.fallbacks.items(), key=lambda item: -item[1]):
                 lines.append(f"    {count} x {reason}")
+        if self.graphs is not None:
+            lines += [f"  {line}" for line in str(self.graphs).splitlines()]
         return "\n".join(lines)
 
 
@@ -118,4 +123,5 @@ def _entry(path: str, module: nn.Module, state: Any) -> EncoderReport:
         why=why,
         fast_calls=fast,
         fallbacks=fallbacks,
+        graphs=None if state.graph_counts is None else state.graph_counts.report(),
     )

@@ -21,6 +21,7 @@ from encoder_fast.errors import (
     UnsupportedModelError,
 )
 from encoder_fast.families import Family
+from encoder_fast.graphs import GraphCache, GraphCounts, PackedInputs, recorder_for
 from encoder_fast.ops.attention import why_no_head_size
 from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
 from encoder_fast.patching.arguments import Arguments, parameter_names, read_arguments
@@ -29,7 +30,7 @@ from encoder_fast.patching.packed import batch_known_for
 from encoder_fast.patching.reporting import Counts
 from encoder_fast.patching.stack import Stack
 from encoder_fast.spec import EncoderSpec
-from encoder_fast.weights import EncoderWeights, WeightCache
+from encoder_fast.weights import WeightCache
 
 NOT_FAST = object()
 """What :meth:`EncoderState.attempt` returns where the original forward has to run."""
@@ -49,6 +50,7 @@ class _Reading:
     backend: str
     why: str
     cache: WeightCache
+    graphs: GraphCache | None
 
     def still_holds(self, model: nn.Module, original: Any) -> bool:
         return (
@@ -74,6 +76,7 @@ class EncoderState:
         backend: str,
         strict: bool,
         pools_first: bool,
+        cuda_graphs: bool = False,
     ) -> None:
         self.family = family
         self.pools_first = pools_first
@@ -81,11 +84,19 @@ class EncoderState:
         self.backend = backend
         self.strict = strict
         self.counts = Counts()
+        self.graph_counts = GraphCounts() if cuda_graphs else None
         # Replaced as a whole: threads that race see one reading or another.
         self._reading: _Reading | None = None
 
     def __deepcopy__(self, memo: dict) -> EncoderState:
-        return EncoderState(self.family, self.original, self.backend, self.strict, self.pools_first)
+        return EncoderState(
+            self.family,
+            self.original,
+            self.backend,
+            self.strict,
+            self.pools_first,
+            self.graph_counts is not None,
+        )
 
     @property
     def chosen(self) -> tuple[str, str]:
@@ -98,7 +109,8 @@ class EncoderState:
 
         Raises:
             UnsupportedModelError: it can't run fast in any call.
-            BackendUnavailableError: the backend can't run where the model is.
+            BackendUnavailableError: the backend can't run where the model is, or there are no CUDA
+                graphs.
         """
         if not self.family.matches(self.original):
             raise UnsupportedModelError(f"the forward of {self.original.__name__} was replaced")
@@ -114,6 +126,10 @@ class EncoderState:
                 raise UnsupportedModelError(reason)
         stack = Stack(model, self.family.stack)
         cache = WeightCache(spec, backend)
+        graphs = None
+        if self.graph_counts is not None:
+            recorder = recorder_for(backend, device)
+            graphs = GraphCache(spec, backend, cache, recorder, self.graph_counts)
         reading = _Reading(
             self.family,
             weakref.ref(model),
@@ -125,6 +141,7 @@ class EncoderState:
             backend,
             why,
             cache,
+            graphs,
         )
         self._reading = reading
         return reading
@@ -209,9 +226,23 @@ class EncoderState:
                 "a pooler or head over a padded first column (left padding), and flash attention, "
                 "which computes nothing for padding"
             )
-        weights = reading.cache.current(like, batch.total)
         positions = _positions(call, spec.embeddings.position_padding_idx, batch)
-        hidden = _embed(call, spec, weights, backend, batch, positions)
+        ids, types, embeds = (
+            None if padded is None else batch.pack(padded)
+            for padded in (call.input_ids, call.token_type_ids, call.inputs_embeds)
+        )
+        if reading.graphs is not None:
+            replayed = reading.graphs.run(
+                PackedInputs(batch, ids, types, positions),
+                first_token_alone=first_token_alone,
+                every_state=collect is not None,
+            )
+            if replayed is not None:
+                return replayed, batch
+        weights = reading.cache.current(like, batch.total)
+        hidden = engine.embed(
+            spec.embeddings, weights.projection, backend, positions, types, ids, embeds
+        )
         if collect is not None:
             collect.append(hidden)
         last = engine.encode(
@@ -230,7 +261,8 @@ class EncoderState:
         except UnsupportedModelError as error:
             raise NotFastError(str(error)) from None
         except BackendUnavailableError as error:
-            if self.backend != "auto":
+            # What was asked for never gives way to something else.
+            if self.backend != "auto" or self.graph_counts is not None:
                 raise
             raise NotFastError(str(error)) from None
 
@@ -378,28 +410,6 @@ def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:
     limit = spec.embeddings.max_positions
     if limit is not None and call.position_ids is None and length > limit:
         raise ValueError(f"input of length {length} exceeds the model's limit of {limit} positions")
-
-
-def _embed(
-    call: Arguments,
-    spec: EncoderSpec,
-    weights: EncoderWeights,
-    backend: str,
-    batch: PackedBatch,
-    positions: Tensor,
-) -> Tensor:
-    def packed(ids: Tensor | None) -> Tensor | None:
-        return None if ids is None else batch.pack(ids)
-
-    return engine.embed(
-        spec.embeddings,
-        weights.projection,
-        backend,
-        positions,
-        packed(call.token_type_ids),
-        packed(call.input_ids),
-        packed(call.inputs_embeds),
-    )
 
 
 def _positions(call: Arguments, padding_idx: int | None, batch: PackedBatch) -> Tensor:

@@ -26,7 +26,7 @@ from encoder_fast.patching.state import NOT_FAST, EncoderState
 M = TypeVar("M")
 
 
-def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
+def patch(model: M, backend: str = "auto", *, cuda_graphs: bool = False, strict: bool = False) -> M:
     """Make the encoders inside a model run fast, in place.
 
     Calls, outputs, state dict and files stay what they were, with one difference: what the encoder
@@ -44,6 +44,9 @@ def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
             transformers pipeline that holds one.
         backend: ``auto`` (by device), ``cpu``, ``triton``, ``cuda`` or ``reference``. One asked for
             by name never gives way to another.
+        cuda_graphs: run small batches as CUDA graphs, on an NVIDIA GPU where the model already is:
+            from the second batch of a size on, its kernels are launched at once. Sizes are rounded
+            up, at most 64 graphs are kept, and what runs without one is in the report.
         strict: raise :class:`~encoder_fast.FallbackError` where a call would run the original
             forward, instead of running and counting it.
 
@@ -54,10 +57,11 @@ def patch(model: M, backend: str = "auto", *, strict: bool = False) -> M:
     Raises:
         UnsupportedModelError: it holds no supported encoder, or one in a configuration that has no
             fast path. Nothing is changed then.
-        BackendUnavailableError: the backend can't run where the model is. Nothing is changed.
+        BackendUnavailableError: the backend can't run where the model is, or ``cuda_graphs`` is set
+            and there are none for it. Nothing is changed.
         ValueError: no backend of that name.
     """
-    _patch(root_module(model), backend, strict)
+    _patch(root_module(model), backend, cuda_graphs, strict)
     return model
 
 
@@ -69,11 +73,13 @@ def unpatch(model: M) -> M:
 
 
 @contextmanager
-def patched(model: M, backend: str = "auto", *, strict: bool = False) -> Iterator[M]:
+def patched(
+    model: M, backend: str = "auto", *, cuda_graphs: bool = False, strict: bool = False
+) -> Iterator[M]:
     """Patch for the length of a ``with`` block; what was patched before is so again after it."""
     root = root_module(model)
     before = {m: m.__dict__[STATE] for m in root.modules() if STATE in m.__dict__}
-    inside = _patch(root, backend, strict)
+    inside = _patch(root, backend, cuda_graphs, strict)
     try:
         yield model
     finally:
@@ -84,7 +90,7 @@ def patched(model: M, backend: str = "auto", *, strict: bool = False) -> Iterato
             _install(module, state)
 
 
-def _patch(root: nn.Module, backend: str, strict: bool) -> list[nn.Module]:
+def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> list[nn.Module]:
     """Patch every encoder below ``root``, or raise and change nothing; returns them."""
     found: list[tuple[nn.Module, EncoderState]] = []
     heads: list[tuple[nn.Module, HeadState]] = []
@@ -98,7 +104,7 @@ def _patch(root: nn.Module, backend: str, strict: bool) -> list[nn.Module]:
         # column 0.
         parents = [(m, n) for m in modules.values() for n, c in m._modules.items() if c is module]
         pools_first = not all(family.is_token_level(parent) for parent, _ in parents)
-        state = EncoderState(family, original, backend, strict, pools_first)
+        state = EncoderState(family, original, backend, strict, pools_first, cuda_graphs)
         try:
             if "forward" in module.__dict__:
                 raise UnsupportedModelError("its forward was replaced on the instance")

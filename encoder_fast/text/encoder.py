@@ -46,12 +46,13 @@ class TextEncoder:
         settings: Settings | None = None,
         *,
         backend: str = "auto",
+        cuda_graphs: bool = False,
         max_tokens_per_batch: int | None = None,
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.settings = settings or Settings()
-        self._runner = Runner(model, backend)
+        self._runner = Runner(model, backend, cuda_graphs)
         tokeniser = Tokeniser(tokenizer, lower_case=self.settings.lower_case)
         max_length = longest_input(model, tokeniser.max_length, self.settings)
         budget = (
@@ -71,6 +72,7 @@ class TextEncoder:
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
         max_tokens_per_batch: int | None = None,
+        cuda_graphs: bool = False,
     ) -> TextEncoder:
         """Load a model, or take one that is loaded.
 
@@ -88,15 +90,22 @@ class TextEncoder:
                 path runs its own forward, and a warning and :meth:`report` say why.
             max_tokens_per_batch: chosen by device and free memory where ``None``. It is halved
                 whenever memory runs out.
+            cuda_graphs: as for :func:`~encoder_fast.patch`, for few or short texts at a time.
 
         Raises:
             FileNotFoundError: no such folder.
             ValueError: no tokenizer, or something in the model's files that is not supported.
-            UnsupportedModelError, BackendUnavailableError: only for a backend asked for by name.
+            UnsupportedModelError, BackendUnavailableError: only for a backend asked for by name, or
+                with ``cuda_graphs``.
         """
         model, tokenizer, settings = load(path_or_model, tokenizer, pooling, device, dtype)
         made = cls(
-            model, tokenizer, settings, backend=backend, max_tokens_per_batch=max_tokens_per_batch
+            model,
+            tokenizer,
+            settings,
+            backend=backend,
+            cuda_graphs=cuda_graphs,
+            max_tokens_per_batch=max_tokens_per_batch,
         )
         if made._runner.refusal is not None:
             warn_caller(

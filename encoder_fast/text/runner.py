@@ -30,17 +30,17 @@ class Runner:
         packed, padded: batches that ran in either way.
     """
 
-    def __init__(self, model: nn.Module, backend: str) -> None:
+    def __init__(self, model: nn.Module, backend: str, cuda_graphs: bool = False) -> None:
         self.model = model
         self.encoder: nn.Module = model.base_model
         self.refusal: str | None = None
         self.packed = self.padded = 0
         self._vocabulary = self.encoder.get_input_embeddings().num_embeddings
         try:
-            patch(model, backend)
+            patch(model, backend, cuda_graphs=cuda_graphs)
         except (UnsupportedModelError, BackendUnavailableError) as error:
-            # a backend asked for by name runs or raises
-            if backend != "auto":
+            # what was asked for runs or raises
+            if backend != "auto" or cuda_graphs:
                 raise
             self.refusal = str(error)
 

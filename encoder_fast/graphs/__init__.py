@@ -1,0 +1,13 @@
+"""CUDA graphs: a forward whose kernels are launched at once, for batches too small to keep a GPU
+busy while the host launches them one by one.
+
+A recorded forward is for one size of everything, so batches are rounded up to a bucket
+(:mod:`~encoder_fast.graphs.bucket`): tokens that belong to no sequence and sequences without a
+token behind the real ones, of which no backend makes any difference to the real ones.
+"""
+
+from encoder_fast.graphs.cache import GraphCache, PackedInputs
+from encoder_fast.graphs.counts import GraphCounts, GraphReport
+from encoder_fast.graphs.recorder import recorder_for
+
+__all__ = ["GraphCache", "GraphCounts", "GraphReport", "PackedInputs", "recorder_for"]

@@ -1,0 +1,73 @@
+"""What a recorded forward takes for granted: everything it reads by address or as a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from encoder_fast.errors import UnsupportedModelError
+from encoder_fast.families.family import is_library_code
+from encoder_fast.graphs.bucket import float32_precision
+from encoder_fast.ops.linear import Activation
+from encoder_fast.spec import EncoderSpec, SoftmaxAttention, epsilon
+from encoder_fast.weights import WeightCache, layout
+
+
+class Premises:
+    """Those of one encoder. Weights edited in place are none: they are read again by each replay,
+    and the stacked ones are written again."""
+
+    def __init__(self, spec: EncoderSpec, weights: WeightCache) -> None:
+        """
+        Raises:
+            UnsupportedModelError: an activation may do what can't be seen or recorded.
+        """
+        self._weights = weights
+        norms = [m for m in spec.tables_and_norms if not isinstance(m, nn.Embedding)]
+        if spec.positions is not None and spec.positions.norm is not None:
+            norms.append(spec.positions.norm)
+        self._norms = norms
+        attentions = [layer.attention for layer in spec.layers]
+        self._attentions = [a for a in attentions if isinstance(a, SoftmaxAttention)]
+        self._rotaries = list({a.rotary for a in self._attentions if a.rotary is not None})
+        activations = [layer.activation for layer in spec.layers]
+        if spec.convolution is not None:
+            activations.append(spec.convolution.activation)
+        for activation in activations:
+            _check_recordable(activation)
+
+    def now(self) -> tuple:
+        """What holds now; a forward recorded under an equal one is right.
+
+        Raises:
+            NotFastError: a weight is no parameter.
+        """
+        matmul = torch.backends.cuda.matmul
+        return (
+            self._weights.places(),
+            [layout(getattr(rotary.module, rotary.buffer)) for rotary in self._rotaries],
+            [epsilon(norm) for norm in self._norms],
+            [attention.softmax_scale for attention in self._attentions],
+            float32_precision(),
+            matmul.allow_fp16_reduced_precision_reduction,
+            matmul.allow_bf16_reduced_precision_reduction,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+
+def _check_recordable(activation: Activation) -> None:
+    if isinstance(activation, str):
+        return
+    cls: Any = type(activation)
+    if (
+        isinstance(activation, nn.Module)
+        and is_library_code(cls.forward)
+        and not list(activation.parameters())
+    ):
+        return
+    raise UnsupportedModelError(
+        f"cuda_graphs=True, and an activation {cls.__module__}.{cls.__name__}, of which nobody "
+        "knows whether it can be recorded"
+    )
