@@ -383,8 +383,6 @@ def _pack(
             "a pooler or head over a padded first column (left padding), and attention that is not "
             "plain softmax"
         )
-    if facts.has_gaps and spec.sees_gaps(shape[1]):
-        raise NotFastError("a mask with holes, and attention that goes by distance")
     if skips_padding:
         _check_length(call, facts.max_seqlen, spec)
     # Where column 0 is padding, the original pools what a padding token there sees of the text.
