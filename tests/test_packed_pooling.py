@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from berts import DEVICE, minilm_path, tiny
-from test_first_token import rows  # noqa: F401
 from torch import Tensor, nn
 
 import encoder_fast
@@ -67,7 +66,7 @@ def test_same_embeddings(folder: str, mode: object, dtype: torch.dtype) -> None:
     assert torch.equal(encode(encoder_fast.unpatch(model)), before)
 
 
-def test_cls_computes_the_first_token_alone(folder: str, rows: list[int]) -> None:  # noqa: F811
+def test_cls_computes_the_first_token_alone(folder: str, rows: list[int]) -> None:
     encode(encoder_fast.patch(build(folder, "cls")))
     assert rows[-1] == len(TEXTS) < rows[0]
     encode(encoder_fast.patch(build(folder, ("cls", "mean"))))
