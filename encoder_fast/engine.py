@@ -2,7 +2,8 @@
 
 Runs an :class:`~encoder_fast.spec.EncoderSpec` over a :class:`~encoder_fast.packing.PackedBatch`.
 Everything here is ``(total, ...)``: nothing waits for the device, and nothing knows of padding but
-what stands in a first column that somebody reads (see :mod:`encoder_fast.onlookers`).
+what stands in a first column that somebody reads (see :mod:`encoder_fast.onlookers`), or between
+tokens whose distance counts (see :mod:`encoder_fast.gaps`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoder_fast import gaps
 from encoder_fast.onlookers import Onlookers
 from encoder_fast.ops import (
     add_layer_norm,
@@ -196,6 +198,9 @@ def _attend_softmax(spec: SoftmaxAttention, forward: _Forward, qkv: Tensor) -> T
     if spec.rotary is not None:
         rotary.operator.run(qkv, *forward.angles(spec.rotary), backend)
     q, k, v = qkv.unbind(1)
+    bias = forward.bias(spec.relative_bias)
+    if batch.has_gaps and spec.sees_gaps(batch.padded_length):
+        return gaps.attend(q, k, v, batch, spec.softmax_scale, spec.window_size, bias)
     context = attention.operator.run(
         q,
         k,
@@ -204,7 +209,7 @@ def _attend_softmax(spec: SoftmaxAttention, forward: _Forward, qkv: Tensor) -> T
         batch.max_seqlen,
         spec.softmax_scale,
         spec.window_size,
-        forward.bias(spec.relative_bias),
+        bias,
         backend,
     )
     if forward.onlookers is not None:
@@ -232,6 +237,8 @@ def _attend_disentangled(
     rows = make_row_of_distance(
         spec.positions.span, spec.positions.buckets, spec.positions.max_distance, qkv.device
     )
+    if batch.has_gaps:
+        return gaps.attend_disentangled(q, k, v, pos_key, pos_query, rows, batch, scale)
     return disentangled_attention.operator.run(
         q, k, v, pos_key, pos_query, rows, cu_seqlens, max_seqlen, scale, backend
     )

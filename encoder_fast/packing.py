@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,6 +38,7 @@ class PackedBatch:
         indices: int64 ``(total,)``, each token's place in the flattened ``(B * S)`` batch; ``None``
             when there is no padding, so that packing is a view.
         onlooker_rows: int64, the row ``b`` of each onlooker; ``None`` where there are none.
+        has_gaps: in some row there is padding between two tokens.
     """
 
     cu_seqlens: Tensor
@@ -46,6 +48,7 @@ class PackedBatch:
     padded_length: int
     indices: Tensor | None
     onlooker_rows: Tensor | None = None
+    has_gaps: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,7 +103,10 @@ class PackedBatch:
 
     def windows(self, packed: Tensor, size: int) -> Tensor:
         """``(total, N)`` to ``(total, size, N)``: each token amid its neighbours of its own
-        sequence, and zeros where there are none. ``size`` is odd."""
+        row, and zeros where there are none. ``size`` is odd."""
+        if self.has_gaps:
+            padded = F.pad(self.unpack(packed), (0, 0, size // 2, size // 2))
+            return self.pack(padded.unfold(1, size, 1)).transpose(1, 2)
         tokens = torch.arange(packed.shape[0], device=packed.device, dtype=torch.int32)
         sequence = torch.searchsorted(self.cu_seqlens[1:], tokens, right=True)
         sequence = sequence.clamp_(max=self.batch_size - 1)
@@ -203,7 +209,14 @@ def pack(mask: Tensor, facts: MaskFacts | None = None, *, onlookers: bool = Fals
         rows = _places_of_ones(_headless(valid), facts.headless)
         indices = torch.cat([indices, rows * padded_length])
     return PackedBatch(
-        cu_seqlens, facts.max_seqlen, facts.total, batch_size, padded_length, indices, rows
+        cu_seqlens,
+        facts.max_seqlen,
+        facts.total,
+        batch_size,
+        padded_length,
+        indices,
+        rows,
+        facts.has_gaps,
     )
 
 

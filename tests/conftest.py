@@ -27,6 +27,22 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens each feed-forward of the engine has run over."""
+    from encoder_fast.ops import linear
+
+    seen: list[int] = []
+    original = linear.run_feed_forward
+
+    def spy(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.append(x.shape[0])
+        return original(x, *rest)
+
+    monkeypatch.setattr(linear, "run_feed_forward", spy)
+    return seen
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-launch",

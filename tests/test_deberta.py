@@ -54,7 +54,7 @@ def cases(*families: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("family", "changes"), chosen)
 
 
-@pytest.mark.parametrize("kind", ["right", "left"])
+@pytest.mark.parametrize("kind", ["right", "left", "holes"])
 @cases("deberta", "deberta_v2")
 def test_parity(family: str, changes: dict, kind: str) -> None:
     model = zoo.build(family, "ForTokenClassification", **changes)
@@ -62,11 +62,12 @@ def test_parity(family: str, changes: dict, kind: str) -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.parametrize("kind", ["empty_row", "holes"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["convolution", "own-projections", "no-buckets"])
-def test_parity_in_half_precision(name: str, dtype: str) -> None:
+def test_parity_in_half_precision(name: str, dtype: str, kind: str) -> None:
     model = zoo.build("deberta_v2", "ForTokenClassification", **V2[name]).to(DTYPES[dtype])
-    report = encoder_fast.check_parity(model, inputs("empty_row"))
+    report = encoder_fast.check_parity(model, inputs(kind))
     assert report.ok, str(report)
 
 
@@ -75,13 +76,6 @@ def test_the_head_that_fills_masks(family: str) -> None:
     # The legacy head is in the grid of all families. transformers 4 ties the wrong weights here.
     model = zoo.build(family, "ForMaskedLM", legacy=False, tie_word_embeddings=False)
     report = encoder_fast.check_parity(model, inputs("right"))
-    assert report.ok, str(report)
-
-
-@pytest.mark.parametrize("family", zoo.DEBERTAS)
-def test_holes_matter_only_to_who_goes_by_distance(family: str) -> None:
-    model = zoo.build(family, "ForTokenClassification", relative_attention=False)
-    report = encoder_fast.check_parity(model, inputs("holes"))
     assert report.ok, str(report)
 
 

@@ -11,7 +11,6 @@ from test_families import call_for
 from torch import nn
 
 import encoder_fast
-from encoder_fast import engine
 from encoder_fast.families import find_family
 from encoder_fast.packing import pack_lengths
 from encoder_fast.patching.packed import encode_packed
@@ -28,20 +27,6 @@ CASES = [
     for family, head in zoo.CASES
     if head in ("ForSequenceClassification", "ForMultipleChoice")
 ]
-
-
-@pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tokens each feed-forward of the engine has run over."""
-    seen: list[int] = []
-    original = engine.linear.run_feed_forward
-
-    def spy(x: torch.Tensor, *rest: object) -> torch.Tensor:
-        seen.append(x.shape[0])
-        return original(x, *rest)
-
-    monkeypatch.setattr(engine.linear, "run_feed_forward", spy)
-    return seen
 
 
 def _double_error(model: nn.Module, call: dict, logits: torch.Tensor) -> float:

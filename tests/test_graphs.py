@@ -96,6 +96,24 @@ def test_convolution(backend: str) -> None:
     assert graphs_of(model)[:2] == (1, 3)
 
 
+@pytest.mark.parametrize("family", ["bert", "mpnet", "deberta_v2"])
+def test_masks_with_holes(family: str, backend: str) -> None:
+    """A graph knows of packed tokens alone: no padded columns, which distances go by."""
+    model = zoo.build(family)
+    plain = copy.deepcopy(model)
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    for seed, lengths in enumerate(LENGTHS):
+        call = call_of(model, lengths, seed)
+        call["attention_mask"][0, 3] = 0
+        expect_parity(model, plain, call)
+    recorded, replayed, without = graphs_of(model)
+    if family == "bert":
+        assert (recorded, replayed) == (1, 3)
+    else:
+        assert recorded == 0
+        assert without == {"a mask with holes, and attention that goes by distance": 4}
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="Triton's own launches are recorded there")
 @pytest.mark.parametrize("family", ["bert", "deberta_v2", "modernbert"])
 def test_launches_of_triton(family: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ DEBERTAS = ("deberta", "deberta_v2")
 # Their positions go by the ids.
 ROBERTAS = ("roberta", "xlm_roberta", "xlm_roberta_xl", "camembert", "mpnet")
 
-# Their attention goes by the distance of columns, which packing shortens where a mask has holes.
+# Their attention goes by the distance of columns, which packing shortens across a hole.
 BY_DISTANCE = ("modernbert", "mpnet", *DEBERTAS)
 
 # They have no table of positions that could end.

@@ -123,7 +123,7 @@ _MASK_METHODS = {
 _LIBRARIES = ("transformers.", "torch.nn.")
 
 
-def is_library_code(function: Any) -> bool:
+def is_library_code(function: Any, libraries: tuple[str, ...] = _LIBRARIES) -> bool:
     """Whether a function is one of transformers or PyTorch, and not a user's in its place.
 
     Goes by the module that the code was compiled in: ``functools.wraps`` copies a function's name
@@ -132,7 +132,7 @@ def is_library_code(function: Any) -> bool:
     """
     while _home(function) == "torch.utils._contextlib" and hasattr(function, "__wrapped__"):
         function = function.__wrapped__
-    return _home(function).startswith(_LIBRARIES)
+    return _home(function).startswith(libraries)
 
 
 def _home(function: Any) -> str:

@@ -114,6 +114,8 @@ class GraphCache:
             return "output_hidden_states"
         if batch.onlooker_rows is not None:
             return "a pooler or head over a padded first column (left padding)"
+        if batch.has_gaps and self._spec.sees_gaps(batch.padded_length):
+            return "a mask with holes, and attention that goes by distance"
         if batch.total == 0:
             return "a batch without a token"
         limit = most_tokens(self._parameters, self._spec.embeddings.word.weight.dtype)

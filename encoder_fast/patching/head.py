@@ -39,6 +39,8 @@ def first_token_of(encoder: nn.Module | None) -> Iterator[None]:
 class HeadState:
     """What a patched head carries: where its encoder is. It decides anew in every call."""
 
+    entry = "forward"
+
     def __init__(self, family: Family, original: Any, encoder_name: str) -> None:
         self.family = family
         self.original = original
@@ -62,18 +64,19 @@ class HeadState:
         """Whether nobody but the library's own code sees what the encoder returns."""
         if not self.family.reads_first_token_alone(self.original, model):
             return False
-        if _has_hooks(encoder):
+        if has_hooks(encoder):
             return False
         readers = [m for name, m in model.named_children() if name != self._encoder_name]
         readers += [m for name, m in encoder.named_children() if name == "pooler"]
         return not any(
-            _has_hooks(module) or _is_replaced(module)
+            has_hooks(module) or _is_replaced(module)
             for reader in readers
             for module in reader.modules()
         )
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what the module is given or returns."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 

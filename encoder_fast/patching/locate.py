@@ -22,3 +22,9 @@ def root_module(model: Any) -> nn.Module:
     if isinstance(inner, nn.Module):
         return inner
     raise TypeError(f"expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
+
+
+def original_class(module: nn.Module) -> Any:
+    """The class of a module, patched or not."""
+    state = module.__dict__.get(STATE)
+    return type(module) if state is None else state.original

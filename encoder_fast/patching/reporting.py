@@ -18,6 +18,7 @@ class Counts:
     """The calls of one encoder. Safe to share between threads."""
 
     fast: int = 0
+    pooled: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
@@ -25,13 +26,17 @@ class Counts:
         with self._lock:
             self.fast += 1
 
+    def count_pooled(self) -> None:
+        with self._lock:
+            self.pooled += 1
+
     def count_fallback(self, reason: str) -> None:
         with self._lock:
             self.fallbacks[reason] += 1
 
-    def snapshot(self) -> tuple[int, dict[str, int]]:
+    def snapshot(self) -> tuple[int, int, dict[str, int]]:
         with self._lock:
-            return self.fast, dict(self.fallbacks)
+            return self.fast, self.pooled, dict(self.fallbacks)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class EncoderReport:
         backend: the backend of its last fast call, or the one chosen at patch time.
         why: why that backend.
         fast_calls: calls that ran on the fast path.
+        pooled_calls: those of them that pooled the packed tokens for a ``SentenceTransformer``.
         fallbacks: calls that ran the original forward, by reason.
         graphs: its CUDA graphs; ``None`` where they were not asked for.
     """
@@ -55,6 +61,7 @@ class EncoderReport:
     backend: str
     why: str
     fast_calls: int
+    pooled_calls: int
     fallbacks: dict[str, int]
     graphs: GraphReport | None = None
 
@@ -64,6 +71,8 @@ class EncoderReport:
             f"{self.model_class}{where}: family {self.family}, backend {self.backend} ({self.why})",
             f"  fast calls: {self.fast_calls}",
         ]
+        if self.pooled_calls:
+            lines.append(f"  of them pooled without padding: {self.pooled_calls}")
         if self.fallbacks:
             lines.append(f"  original forward: {sum(self.fallbacks.values())}")
             for reason, count in sorted(self.fallbacks.items(), key=lambda item: -item[1]):
@@ -113,7 +122,7 @@ def report(model: object) -> Report:
 
 
 def _entry(path: str, module: nn.Module, state: Any) -> EncoderReport:
-    fast, fallbacks = state.counts.snapshot()
+    fast, pooled, fallbacks = state.counts.snapshot()
     backend, why = state.chosen
     return EncoderReport(
         path=path,
@@ -122,6 +131,7 @@ def _entry(path: str, module: nn.Module, state: Any) -> EncoderReport:
         backend=backend,
         why=why,
         fast_calls=fast,
+        pooled_calls=pooled,
         fallbacks=fallbacks,
         graphs=None if state.graph_counts is None else state.graph_counts.report(),
     )

@@ -28,6 +28,7 @@ from encoder_fast.patching.arguments import Arguments, parameter_names, read_arg
 from encoder_fast.patching.head import wants_first_token_alone
 from encoder_fast.patching.packed import batch_known_for
 from encoder_fast.patching.reporting import Counts
+from encoder_fast.patching.sentence import PackedPooling, pooling_behind
 from encoder_fast.patching.stack import Stack
 from encoder_fast.spec import EncoderSpec
 from encoder_fast.weights import WeightCache
@@ -68,6 +69,8 @@ class EncoderState:
     It owns no parameter. A deep copy of the model gets a state of its own with the same options,
     which reads the copy at its first call.
     """
+
+    entry = "forward"
 
     def __init__(
         self,
@@ -182,6 +185,9 @@ class EncoderState:
 
     def _run(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = read_arguments(self.original, model.config, args, kwargs)
+        pooling = pooling_behind(model)
+        if pooling is not None and not call.output_hidden_states:
+            return self._output(call, self._pool(model, call, pooling), None, None)
         has_pooler = getattr(model, "pooler", None) is not None
         collect: list[Tensor] | None = [] if call.output_hidden_states else None
         first_alone = collect is None and wants_first_token_alone(model)
@@ -202,6 +208,17 @@ class EncoderState:
                 for state in collect
             )
         return self._output(call, last, pooled, states)
+
+    def _pool(self, model: nn.Module, call: Arguments, pooling: PackedPooling) -> Tensor:
+        hidden, batch = self._encode(
+            model,
+            call,
+            reads_first=False,
+            collect=None,
+            first_token_alone=pooling.first_token_alone,
+        )
+        self.counts.count_pooled()
+        return pooling.pool(hidden, batch, self.chosen[0])
 
     def _encode(
         self,
@@ -398,8 +415,6 @@ def _pack(
             "a pooler or head over a padded first column (left padding), and attention that is not "
             "plain softmax"
         )
-    if facts.has_gaps and spec.sees_gaps(shape[1]):
-        raise NotFastError("a mask with holes, and attention that goes by distance")
     if skips_padding:
         _check_length(call, facts.max_seqlen, spec)
     # Where column 0 is padding, the original pools what a padding token there sees of the text.

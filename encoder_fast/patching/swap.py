@@ -1,7 +1,8 @@
 """``patch``, ``unpatch`` and ``patched``: the public way in and out.
 
 A patched encoder is the same object with another class: a subclass of its own class, of the same
-name, that tries the fast path in its ``forward``. So is a head that reads one token of each text.
+name, that tries the fast path in its ``forward``. So are a head that reads one token of each text,
+and a ``SentenceTransformer`` with its pooling.
 Keys, hooks, ``isinstance``, ``save_pretrained`` and pickling stay as they were, and no other model
 of that class is touched.
 """
@@ -20,10 +21,12 @@ from torch import nn
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families import find_family, unsupported
 from encoder_fast.patching.head import HeadState
-from encoder_fast.patching.locate import STATE, root_module
+from encoder_fast.patching.locate import STATE, original_class, root_module
+from encoder_fast.patching.sentence import ContainerState, PoolingState, sentence_states
 from encoder_fast.patching.state import NOT_FAST, EncoderState
 
 M = TypeVar("M")
+State = EncoderState | HeadState | ContainerState | PoolingState
 
 
 def patch(model: M, backend: str = "auto", *, cuda_graphs: bool = False, strict: bool = False) -> M:
@@ -96,7 +99,7 @@ def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> li
     heads: list[tuple[nn.Module, HeadState]] = []
     modules = dict(root.named_modules())
     for path, module in modules.items():
-        original = _original_class(module)
+        original = original_class(module)
         family = find_family(original)
         if family is None:
             continue
@@ -114,47 +117,45 @@ def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> li
             raise UnsupportedModelError(f"{where}: {error}. Nothing was changed.") from None
         found.append((module, state))
         for parent, name in parents:
-            cls = _original_class(parent)
+            cls = original_class(parent)
             if family.reads_first_token_alone(cls, parent):
                 heads.append((parent, HeadState(family, cls, name)))
     if not found:
         raise unsupported(root)
-    patched: list[tuple[nn.Module, EncoderState | HeadState]] = [*found, *heads]
+    patched: list[tuple[nn.Module, State]] = [*found, *heads, *sentence_states(modules.values())]
     for module, its_state in patched:
         _install(module, its_state)
     return [module for module, _ in patched]
 
 
-def _install(module: nn.Module, state: EncoderState | HeadState) -> None:
+def _install(module: nn.Module, state: State) -> None:
     module.__dict__[STATE] = state
-    module.__class__ = _fast_class(state.original)
+    module.__class__ = _fast_class(state.original, state.entry)
 
 
 def _restore(module: nn.Module) -> None:
     state = module.__dict__.pop(STATE, None)
     # Somebody may have put a class of their own on top; without its state, ours below it is inert.
-    if state is not None and type(module) is _fast_class(state.original):
+    if state is not None and type(module) is _fast_class(state.original, state.entry):
         module.__class__ = state.original
 
 
-def _original_class(module: nn.Module) -> Any:
-    state = module.__dict__.get(STATE)
-    return type(module) if state is None else state.original
-
-
 @functools.cache
-def _fast_class(original: Any) -> Any:
-    """The subclass that patched instances of ``original`` get; one for each class."""
+def _fast_class(original: Any, entry: str) -> Any:
+    """The subclass that patched instances of ``original`` get; one for each class.
 
-    @functools.wraps(original.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    Its method ``entry`` asks the state that an instance carries first.
+    """
+
+    @functools.wraps(getattr(original, entry))
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(STATE)
         if state is not None and not torch.compiler.is_exporting():
             output = state.attempt(self, args, kwargs)
             if output is not NOT_FAST:
                 return output
-        # Looked up now: somebody may have replaced the class's forward since.
-        return original.forward(self, *args, **kwargs)
+        # Looked up now: somebody may have replaced the class's own since.
+        return getattr(original, entry)(self, *args, **kwargs)
 
     def state_without_ours(self: nn.Module) -> dict[str, Any]:
         return {key: value for key, value in self.__getstate__().items() if key != STATE}
@@ -173,7 +174,7 @@ def _fast_class(original: Any) -> Any:
         return clone
 
     namespace = {
-        "forward": forward,
+        entry: method,
         "__reduce_ex__": reduce_ex,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

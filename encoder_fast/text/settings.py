@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from encoder_fast.ops.pool import MODES
+from encoder_fast.patching.sentence import POOLING_FLAGS
 
 _SIMILARITIES = ("cosine", "dot")
 
@@ -24,16 +25,6 @@ _TRANSFORMER_FILES = [
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
-
-# sentence-transformers before version 6 wrote one flag for each mode.
-_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +182,7 @@ def _options(transformer: Mapping[str, Any], of: str, path: str) -> dict[str, An
 def _read_pooling(config: Mapping[str, Any], path: str) -> str:
     mode = config.get("pooling_mode")
     if mode is None:
-        mode = [name for flag, name in _FLAGS.items() if config.get(flag)] or "mean"
+        mode = [name for flag, name in POOLING_FLAGS.items() if config.get(flag)] or "mean"
     modes = [mode] if isinstance(mode, str) else list(mode)
     if len(modes) != 1 or modes[0] not in MODES:
         raise ValueError(

@@ -1,0 +1,223 @@
+"""sentence-transformers: ``encode`` pools the packed tokens, and their states are never padded.
+
+``SentenceTransformer.encode`` reads embeddings of texts and nothing else, unless it is told to. So
+where its modules are a transformer and a pooling as they came, the encoder pools what it has
+packed, and the pooling takes that; under ``cls`` pooling the last layer computes no other token.
+The encoder can't tell who calls it, so ``encode`` is patched too and says so. The model called by
+itself gives its token embeddings, as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoder_fast.families.family import is_library_code
+from encoder_fast.ops import pool
+from encoder_fast.packing import PackedBatch
+from encoder_fast.patching.head import has_hooks
+from encoder_fast.patching.locate import STATE, original_class
+
+_LIBRARY = ("sentence_transformers.",)
+
+# They read the sentence embedding alone, unless they are told another name.
+_AFTER_POOLING = ("Dense", "Dropout", "LayerNorm", "Normalize")
+
+POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""What older versions have in place of ``pooling_mode``, in the order in which they concatenate."""
+
+
+@dataclass(slots=True)
+class PackedPooling:
+    """What one ``encode`` wants of its encoder, in place of the states of all tokens.
+
+    Attributes:
+        encoder: the one that is meant.
+        modes: of :data:`~encoder_fast.ops.pool.MODES`; their results are concatenated.
+        pooled: what the encoder gave last, ``(B, 1, modes · N)``.
+    """
+
+    encoder: nn.Module
+    modes: tuple[str, ...]
+    pooled: Tensor | None = None
+
+    @property
+    def first_token_alone(self) -> bool:
+        return self.modes == ("cls",)
+
+    def pool(self, hidden: Tensor, batch: PackedBatch, backend: str) -> Tensor:
+        """``(total, N)``, or ``(B, N)`` of the first tokens alone, to one state a text in the shape
+        of one token's, ``(B, 1, modes · N)``."""
+        if self.first_token_alone:
+            pooled = hidden
+        else:
+            run = pool.operator.run
+            parts = [run(hidden, batch.cu_seqlens, mode, backend) for mode in self.modes]
+            pooled = torch.cat(parts, dim=1).to(hidden.dtype)
+        self.pooled = pooled.unsqueeze(1)
+        return self.pooled
+
+    def is_result(self, features: dict[str, Any]) -> bool:
+        """Whether these features hold what the encoder has pooled, and not its tokens' states."""
+        return self.pooled is not None and features.get("token_embeddings") is self.pooled
+
+
+_wanted: ContextVar[PackedPooling | None] = ContextVar("packed_pooling", default=None)
+
+
+def pooling_behind(encoder: nn.Module) -> PackedPooling | None:
+    """The pooling that alone reads what this call of ``encoder`` returns, if one does."""
+    wanted = _wanted.get()
+    return wanted if wanted is not None and wanted.encoder is encoder else None
+
+
+class ContainerState:
+    """What a patched ``SentenceTransformer`` carries. It decides anew in every ``encode``."""
+
+    entry = "encode"
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    # Under a tracer, who reads what the encoder returns is not what the modules say.
+    @torch.compiler.disable
+    def attempt(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The library's own ``encode``, as ever."""
+        encode = self.original.encode
+        alone = _reads_embeddings_alone(encode, args, kwargs)
+        token = _wanted.set(_read_pipeline(model) if alone else None)
+        try:
+            return encode(model, *args, **kwargs)
+        finally:
+            _wanted.reset(token)
+
+
+class PoolingState:
+    """What the pooling inside one carries: it takes what the encoder has pooled already."""
+
+    entry = "forward"
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def attempt(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The features with their embedding; by the library's own code unless it is there."""
+        wanted = None if torch.compiler.is_compiling() else _wanted.get()
+        features = args[0] if args else None
+        if wanted is None or features is None or not wanted.is_result(features):
+            return self.original.forward(model, *args, **kwargs)
+        features["sentence_embedding"] = features.pop("token_embeddings").squeeze(1)
+        return features
+
+
+def sentence_states(
+    modules: Iterable[nn.Module],
+) -> list[tuple[nn.Module, ContainerState | PoolingState]]:
+    """What there is to patch beside the encoders: each ``SentenceTransformer`` and its pooling."""
+    found: list[tuple[nn.Module, ContainerState | PoolingState]] = []
+    for module in modules:
+        if _is_own(module, "SentenceTransformer", methods=("encode", "forward")):
+            parts = list(module.children())
+            if len(parts) > 1 and _is_own(parts[1], "Pooling"):
+                found.append((module, ContainerState(original_class(module))))
+                found.append((parts[1], PoolingState(original_class(parts[1]))))
+    return found
+
+
+def _reads_embeddings_alone(encode: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    signature = _signature(encode)
+    if "output_value" not in signature.parameters:
+        return False
+    try:
+        given = signature.bind_partial(None, *args, **kwargs).arguments
+    except TypeError:  # which the call itself will raise
+        return False
+    return given.get("output_value", "sentence_embedding") == "sentence_embedding"
+
+
+@functools.lru_cache(maxsize=16)
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def _read_pipeline(model: Any) -> PackedPooling | None:
+    """What to ask of the encoder; nothing where anybody else may see what it returns."""
+    parts: list[Any] = list(model.children())
+    if len(parts) < 2:
+        return None
+    transformer, pooling, *rest = parts
+    modes = _modes(pooling)
+    is_readable = (
+        _is_untouched(model, "SentenceTransformer", methods=("encode", "forward"))
+        and _is_untouched(transformer, "Transformer")
+        and _gives_last_hidden_state(transformer)
+        and _is_untouched(pooling, "Pooling")
+        and isinstance(pooling.__dict__.get(STATE), PoolingState)
+        and bool(modes)
+        and set(modes) <= set(pool.MODES)
+        and getattr(pooling, "include_prompt", True)
+        and all(
+            _is_untouched(module, *_AFTER_POOLING)
+            and getattr(module, "module_input_name", "sentence_embedding") == "sentence_embedding"
+            for module in rest
+        )
+    )
+    if not is_readable:
+        return None
+    # Which column is the first of a row that begins with padding has changed with the versions.
+    tokenizer = getattr(transformer, "tokenizer", None)
+    if "cls" in modes and getattr(tokenizer, "padding_side", None) != "right":
+        return None
+    # An encoder's own pooler runs no more: nobody has read what it returned.
+    encoder = transformer.auto_model
+    pooler = getattr(encoder, "pooler", None)
+    unheard = [encoder] if pooler is None else [encoder, *pooler.modules()]
+    return None if any(map(has_hooks, unheard)) else PackedPooling(encoder, modes)
+
+
+def _modes(pooling: Any) -> tuple[str, ...]:
+    mode = getattr(pooling, "pooling_mode", None)
+    if mode is None:
+        return tuple(mode for flag, mode in POOLING_FLAGS.items() if getattr(pooling, flag, False))
+    return (mode,) if isinstance(mode, str) else tuple(mode)
+
+
+def _gives_last_hidden_state(transformer: Any) -> bool:
+    """Whether it calls its model on a text, and takes that of the outputs."""
+    ways = getattr(transformer, "modality_config", None)
+    if ways is None:  # older versions know no other
+        return True
+    way = ways.get("text", {})
+    outputs = ("last_hidden_state", ("last_hidden_state",))
+    return way.get("method") == "forward" and way.get("method_output_name") in outputs
+
+
+def _is_untouched(module: Any, *names: str, methods: tuple[str, ...] = ("forward",)) -> bool:
+    """Whether it is one of the library's own, and nobody looks at what it is given or returns."""
+    return (
+        _is_own(module, *names, methods=methods)
+        and not has_hooks(module)
+        and getattr(module, "_compiled_call_impl", None) is None
+    )
+
+
+def _is_own(module: nn.Module, *names: str, methods: tuple[str, ...] = ("forward",)) -> bool:
+    cls = original_class(module)
+    return cls.__name__ in names and all(
+        name not in module.__dict__ and is_library_code(getattr(cls, name, None), _LIBRARY)
+        for name in methods
+    )
