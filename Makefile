@@ -5,6 +5,8 @@ VENV    ?= .venv
 WHEELS  ?= .cache/wheels
 # Test workers. Each runs its numerics on one thread.
 JOBS    ?= 2
+# The same beside a GPU, where most of the time goes into compiling its kernels.
+GPU_JOBS ?= 8
 # What pip installs where no GPU is found and Python has no torch of its own. Where this version
 # comes with CUDA and that is not wanted, name PyTorch's CPU wheels here by pip's --index-url.
 TORCH   ?= torch==2.13.0
@@ -32,7 +34,7 @@ RXNFP_SHA256 := c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf
 GENSIM        := $(WHEELS)/gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl
 GENSIM_SHA256 := 91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8
 
-.PHONY: help demo test test-gpu bench bench-gpu lint format matrix build clean distclean
+.PHONY: help demo test test-gpu bench bench-gpu cuda-in-tree lint format matrix build clean distclean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -45,19 +47,25 @@ test: lint $(RXNFP) $(GENSIM) $(CUDA) ## Linters, types and the whole test suite
 	@ENCODER_FAST_TEST_WHEELS="$(abspath $(WHEELS))" OMP_NUM_THREADS=1 \
 		$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
 
-test-gpu: ## The test suite from the tree, with the Python packages that are there
-	@$(PYTHON_FITS)
-	@PYTHONPATH=. $(PYTHON) -m pytest tests -p no:cacheprovider
+test-gpu: cuda-in-tree ## The test suite from the tree, with the packages there are (ARGS=tests/…)
+	@workers=`$(PYTHON) -c "import xdist; print('-n $(GPU_JOBS) --dist loadgroup')" 2>/dev/null`; \
+		PYTHONPATH=. OMP_NUM_THREADS=2 \
+		$(PYTHON) -m pytest -p no:cacheprovider $$workers $(or $(ARGS),tests)
 
 # Figures are reported even if a contestant of ours failed; the status still says so.
 bench: $(VENV)/.bench ## Benchmarks and docs/performance.md, 15 minutes on two cores (ARGS=--quick: 3)
 	@$(VENV)/bin/python -m bench all $(ARGS); status=$$?; \
 		$(VENV)/bin/python -m bench report && exit $$status
 
-bench-gpu: ## The same on an NVIDIA GPU with the packages that are there, 8 minutes (ARGS=--quick: 2)
-	@$(PYTHON_FITS)
+bench-gpu: cuda-in-tree ## The same on an NVIDIA GPU with the packages there are, 8 minutes (ARGS=--quick: 2)
 	@PYTHONPATH=. $(PYTHON) -m bench all $(ARGS); status=$$?; \
 		PYTHONPATH=. $(PYTHON) -m bench report && exit $$status
+
+# Nothing is installed: the extension is built beside its sources, by the Python that imports it,
+# where its compilers are. A second run compiles what has changed.
+cuda-in-tree:
+	@$(PYTHON_FITS)
+	@$(PYTHON) setup.py -q build_ext --inplace
 
 lint: $(VENV)/.test ## Check style, format and types
 	@$(VENV)/bin/ruff check $(wildcard $(SOURCES))

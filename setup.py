@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -48,6 +49,10 @@ def missing() -> str | None:
         return "there is no C++ compiler"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return f"there is no Python.h in {sysconfig.get_paths()['include']}"
+    if find_spec("pybind11") is None:
+        return "the package pybind11 is not installed"
+    if shutil.which("ninja") is None and find_spec("ninja") is None:
+        return "ninja is not installed"
     return None
 
 
@@ -58,6 +63,8 @@ def extensions() -> list[Extension]:
     reason = missing()
     if wanted == "1" and reason is not None:
         raise SystemExit(f"ENCODER_FAST_BUILD_CUDA=1, but {reason}")
+    if reason is not None and "build_ext" in sys.argv:
+        print(f"encoder_fast: no CUDA extension, for {reason}")
     if wanted == "0" or reason is not None:
         return []
     sources = sorted(p.as_posix() for p in CSRC.rglob("*") if p.suffix in (".cu", ".cpp"))

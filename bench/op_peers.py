@@ -110,8 +110,9 @@ def _torch_varlen(machine: Machine, case: OpCase, sets: Sequence[Inputs]) -> Pre
     def call_for(inputs: Inputs) -> Call:
         q, k, v = inputs["qkv"].unbind(1)
         bounds, longest = inputs["cu_seqlens"], inputs["longest"]
-        window = (WINDOW, WINDOW) if case.op == "window_attention" else (-1, -1)
-        return lambda: varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window)
+        # Before torch 2.11 it has no windows.
+        window = {"window_size": (WINDOW, WINDOW)} if case.op == "window_attention" else {}
+        return lambda: varlen_attn(q, k, v, bounds, bounds, longest, longest, **window)
 
     return Prepared([call_for(inputs) for inputs in sets])
 

@@ -264,10 +264,18 @@ def pack_lengths(
     row_shift = torch.arange(len(lengths), device="cpu") * padded - (ends - host)
     indices = torch.arange(total, device="cpu") + torch.repeat_interleave(row_shift, host)
     return PackedBatch(
-        cu_seqlens.to(device, non_blocking=True),
+        to_device(cu_seqlens, device),
         longest,
         total,
         len(lengths),
         padded,
-        indices.to(device, non_blocking=True),
+        to_device(indices, device),
     )
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on a device, without waiting for what is queued there."""
+    if torch.device(device).type == "cuda":
+        # a copy from other memory waits until the GPU comes to it
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

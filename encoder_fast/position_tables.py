@@ -19,7 +19,8 @@ def project_positions(
 ) -> list[tuple[Tensor | None, Tensor | None]]:
     """The tables ``(rows, H, D)`` for keys and for queries of each layer, as the model is now.
 
-    On a GPU all layers are one GEMM, over weights that are copied to lie side by side.
+    All layers are one GEMM, over weights that are copied to lie side by side; on the backend
+    ``cpu``, which keeps the tables, each is one of oneDNN's.
     """
     wanted = [_projections(layer) for layer in layers]
     linears = [module for pair in wanted for module in pair if module is not None]
@@ -31,7 +32,7 @@ def project_positions(
         table = add_layer_norm.operator.run(
             table, None, norm.weight, norm.bias, epsilon(norm), None, backend
         )
-    if table.device.type == "cpu":
+    if backend == "cpu":
         projected = iter([_project(table, module, backend) for module in linears])
     else:
         projected = iter(_project_all(table, linears).unbind())

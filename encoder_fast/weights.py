@@ -4,44 +4,44 @@ Q, K and V become one GEMM, and on the CPU every weight is reordered for oneDNN.
 each forward first asks whether they still tell the truth, whatever happened to the model since:
 ``load_state_dict``, ``.to()``, ``.half()``, an edit in place, a new ``Parameter``.
 
-*On the CPU* the copies stand as long as their sources are the same tensors at the same version and
-show the same bytes. The version counter sees every edit that autograd sees; an edit through
-``.data`` or a NumPy alias it does not see, so the bytes are looked at: a sample of each tensor in
-every call, which catches an edit of a whole tensor, and all of them each time that another
-``FULL_LOOK_TOKENS`` tokens have run, so that no change stays unseen for longer.
+*On the backend* ``cpu`` the copies stand as long as their sources are the same tensors at the same
+version and show the same bytes. The version counter sees every edit that autograd sees; an edit
+through ``.data`` or a NumPy alias it does not see, so the bytes are looked at: a sample of each
+tensor in every call, which catches an edit of a whole tensor, and all of them each time that
+another ``FULL_LOOK_TOKENS`` tokens have run, so that no change stays unseen for longer.
 
-*On a GPU*, where a look would mean to wait, the stacked Q, K and V weights are written anew in
-every forward: one launch that moves 6·N² elements a layer, by computation 20 µs in BERT-base. The
-other linears use the live tensors.
+*Elsewhere*, where a look would mean to wait for the GPU, the stacked Q, K and V weights are written
+anew in every forward: one or two launches that move 6·N² elements a layer, by computation 30 µs in
+BERT-base on an H100. The other linears use the live tensors. All this is laid out once and stands
+as long as the sources lie in the same places: to lay it out in every forward took the host about as
+long as to launch half of BERT-base.
 
-DeBERTa's tables of projected positions are derived from weights alone too. On the CPU they are kept
-by the same rule. On a GPU no rule tells a changed weight without a wait, so they are projected anew
-in every forward, all layers in one GEMM: in DeBERTa-base 14 GFLOP, and 4·N² elements a layer moved
-to lie side by side, by computation 40 µs, against 170 µs for a small GEMM a layer and table.
+DeBERTa's tables of projected positions are derived from weights alone too, as are v1's biases and
+the weights of v2's convolution. The backend ``cpu`` keeps them by the same rule. Elsewhere no rule
+tells a changed weight without a wait, so they are derived anew in every forward, the tables of all
+layers in one GEMM: in DeBERTa-base 14 GFLOP, and 4·N² elements a layer moved to lie side by side,
+by computation 40 µs, against 170 µs for a small GEMM a layer and table.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from encoder_fast.errors import NotFastError
+from encoder_fast.fingerprints import checksum_of_all, sample
 from encoder_fast.ops import linear
 from encoder_fast.ops.linear import PreparedFeedForward, PreparedLinear
 from encoder_fast.position_tables import project_positions
-from encoder_fast.spec import ConvolutionSpec, DisentangledAttention, EncoderSpec, LayerSpec
+from encoder_fast.spec import DisentangledAttention, EncoderSpec, LayerSpec
 
 # A look at all of MiniLM's bytes takes as long as 30 of its tokens: 3% of the time for every 1,024,
 # 12% for every 256.
 FULL_LOOK_TOKENS = 1024
-
-# Each call looks at this many runs of each tensor, of a cache line each.
-SAMPLE_RUNS, RUN_BYTES = 4, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +69,8 @@ _NO_LAYERS = EncoderWeights(None, None, [])
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """All layers' weights, and what they were made from.
+class _Copied:
+    """All layers' weights as copies, and what they were made from.
 
     ``samples`` are views of the sources: they keep the memory alive, so that no new tensor can
     come to lie at an old address.
@@ -80,6 +80,20 @@ class _Prepared:
     samples: list[Tensor]
     sampled: Tensor
     checksum: int
+    weights: EncoderWeights
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """All layers' weights as views of the sources, and the parts of stacks to rewrite from them.
+
+    ``sources`` keep the memory alive, as :class:`_Copied` has it.
+    """
+
+    places: tuple
+    sources: list[Tensor]
+    stacked: list[Tensor]
+    stacked_from: list[Tensor]
     weights: EncoderWeights
 
 
@@ -97,7 +111,8 @@ class WeightCache:
         self._sources = [(module, name) for module, names in self._modules() for name in names]
         self._unprepared = spec.tables_and_norms
         # Replaced as a whole: threads that race see one complete state or another.
-        self._prepared: _Prepared | None = None
+        self._copied: _Copied | None = None
+        self._live: _Live | None = None
         self._tokens_since_full_look = 0
 
     def _modules(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
@@ -132,28 +147,28 @@ class WeightCache:
         Raises:
             NotFastError: a parameter is of another dtype or device, or is no plain tensor.
         """
-        if like.device.type != "cpu":
+        if self._backend != "cpu":
             return self.rewritten(like)
-        sources = self._checked_sources(like)
+        parameters = self._checked_parameters(like)
         with torch.inference_mode(False), torch.no_grad():
-            return self._verified(sources, like, tokens) if sources else _NO_LAYERS
+            return self._verified(parameters, like, tokens) if parameters else _NO_LAYERS
 
     def rewritten(self, like: Tensor) -> EncoderWeights:
-        """The weights as :meth:`current` has them on a GPU: derived anew, by work of the device
-        alone, which a CUDA graph can repeat.
+        """The weights as :meth:`current` has them on every backend but ``cpu``: derived anew, by
+        work of the device alone, which a CUDA graph can repeat.
 
         Raises:
             NotFastError: as :meth:`current` does.
         """
-        sources = self._checked_sources(like)
+        parameters = self._checked_parameters(like)
         # Buffers made under inference_mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
-            return self._rewritten(sources, like) if sources else _NO_LAYERS
+            return self._rewritten(parameters, like) if parameters else _NO_LAYERS
 
     @property
     def buffers(self) -> object:
         """What :meth:`rewritten` writes, to be held by whoever has recorded it."""
-        return self._prepared
+        return self._live
 
     def places(self) -> list[tuple | None]:
         """Where every weight lies and in what form: a recording of :meth:`rewritten` is right for
@@ -164,22 +179,21 @@ class WeightCache:
         """
         used = [p for module in self._unprepared for p in module._parameters.values()]
         used += [_parameter(module, name) for module, name in self._sources]
-        return [None if parameter is None else layout(parameter) for parameter in used]
+        return list(map(place, used))
 
-    def _checked_sources(self, like: Tensor) -> list[Tensor]:
+    def _checked_parameters(self, like: Tensor) -> list[Tensor | None]:
         for module in self._unprepared:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     _check_plain(parameter, like)
-        return [
-            parameter
-            for module, name in self._sources
-            if (parameter := _parameter(module, name)) is not None
-        ]
+        return [_parameter(module, name) for module, name in self._sources]
 
-    def _verified(self, sources: list[Tensor], like: Tensor, tokens: int) -> EncoderWeights:
-        identity = tuple(map(_identity, sources))
-        known = self._prepared
+    def _verified(
+        self, parameters: list[Tensor | None], like: Tensor, tokens: int
+    ) -> EncoderWeights:
+        identity = tuple(map(_identity, parameters))
+        sources = [parameter for parameter in parameters if parameter is not None]
+        known = self._copied
         self._tokens_since_full_look += tokens
         full_look = self._tokens_since_full_look >= FULL_LOOK_TOKENS
         if full_look:
@@ -188,86 +202,98 @@ class WeightCache:
             known is not None
             and known.identity == identity
             and torch.equal(torch.cat(known.samples), known.sampled)
-            and (not full_look or known.checksum == _checksum(sources))
+            and (not full_look or known.checksum == checksum_of_all(sources))
         ):
             return known.weights
         for source in sources:
             _check_plain(source, like)
         # The looks come first: an edit by another thread while the copies are made is then noticed
         # at the next call.
-        samples = [run for source in sources for run in _sample(source)]
-        sampled, checksum = torch.cat(samples), _checksum(sources)
-        weights = self._prepare([None] * len(self._distinct))
-        self._prepared = _Prepared(identity, samples, sampled, checksum, weights)
+        samples = [run for source in sources for run in sample(source)]
+        sampled, checksum = torch.cat(samples), checksum_of_all(sources)
+        weights = self._prepare()
+        self._copied = _Copied(identity, samples, sampled, checksum, weights)
         return weights
 
-    def _rewritten(self, sources: list[Tensor], like: Tensor) -> EncoderWeights:
-        for source in sources:
-            _check_plain(source, like)
-        present = tuple(module._parameters.get(name) is None for module, name in self._sources)
-        identity = (present, *((s.shape, s.dtype, s.device) for s in sources))
-        known = self._prepared
-        if known is None or known.identity != identity:
-            weights = self._prepare([None] * len(self._distinct))
-            known = self._prepared = _Prepared(identity, [], torch.empty(0), 0, weights)
-        first_use = {id(layer): i for i, layer in reversed(list(enumerate(self._layers)))}
-        # A single projection for all of Q, K and V is used as it lies.
-        stacks = [
-            known.weights.layers[first_use[id(layer)]].qkv if len(layer.projections) > 1 else None
-            for layer in self._distinct
-        ]
-        stacked: list[Tensor] = []
-        live: list[Tensor] = []
-        for layer, stack in zip(self._distinct, stacks, strict=True):
-            if stack is None:
-                continue
+    def _rewritten(self, parameters: list[Tensor | None], like: Tensor) -> EncoderWeights:
+        places = tuple(map(place, parameters))
+        known = self._live
+        if known is None or known.places != places:
+            sources = [parameter for parameter in parameters if parameter is not None]
+            for source in sources:
+                _check_plain(source, like)
+            weights = self._prepare()
+            self._live = _Live(
+                places, [source.detach() for source in sources], *self._stacked(weights), weights
+            )
+            return weights
+        if known.stacked:
+            torch._foreach_copy_(known.stacked, known.stacked_from)
+        return self._with_derived(known.weights)
+
+    def _stacked(self, weights: EncoderWeights) -> tuple[list[Tensor], list[Tensor]]:
+        """The parts of the stacks of Q, K and V, and the weights and biases that they repeat."""
+        prepared = dict(zip(map(id, self._layers), weights.layers, strict=True))
+        parts: list[Tensor] = []
+        sources: list[Tensor] = []
+        for layer in self._distinct:
             modules = layer.projections
+            if len(modules) == 1:
+                continue  # used as it lies
+            stack = prepared[id(layer)].qkv
             sizes = [module.weight.shape[0] for module in modules]
-            stacked.extend(stack.weight.split(sizes))
-            live.extend(module.weight.detach() for module in modules)
+            parts.extend(stack.weight.split(sizes))
+            sources.extend(module.weight.detach() for module in modules)
             if stack.bias is not None:
                 for part, module in zip(stack.bias.split(sizes), modules, strict=True):
                     if module.bias is not None:
-                        stacked.append(part)
-                        live.append(module.bias.detach())
-        if stacked:
-            torch._foreach_copy_(stacked, live)
-        return self._prepare(stacks)
+                        parts.append(part)
+                        sources.append(module.bias.detach())
+        return parts, sources
 
-    def _prepare(self, stacks: Sequence[PreparedLinear | None]) -> EncoderWeights:
-        """Prepare everything; where a stack of Q, K and V is given, it is taken as it is."""
-        backend = self._backend
-        tables = project_positions(self._positions, self._distinct, backend)
-        prepared = {
-            id(layer): self._prepare_layer(layer, stack, *layer_tables)
-            for layer, stack, layer_tables in zip(self._distinct, stacks, tables, strict=True)
+    def _with_derived(self, weights: EncoderWeights) -> EncoderWeights:
+        """``weights`` with everything computed anew that is more than a copy."""
+        derives_bias = any(_has_bias_by_head(layer) for layer in self._distinct)
+        if self._positions is None and self._convolution is None and not derives_bias:
+            return weights
+        tables = project_positions(self._positions, self._distinct, self._backend)
+        renewed = {
+            id(layer): (_qkv_bias(layer), *layer_tables)
+            for layer, layer_tables in zip(self._distinct, tables, strict=True)
         }
-        projection, convolution = self._projection, self._convolution
+        layers = []
+        for layer, prepared in zip(self._layers, weights.layers, strict=True):
+            bias, pos_key, pos_query = renewed[id(layer)]
+            qkv = prepared.qkv if bias is None else replace(prepared.qkv, bias=bias)
+            layers.append(replace(prepared, qkv=qkv, pos_key=pos_key, pos_query=pos_query))
+        return EncoderWeights(weights.projection, self._prepare_convolution(), layers)
+
+    def _prepare(self) -> EncoderWeights:
+        """Prepare everything from the model as it is."""
+        tables = project_positions(self._positions, self._distinct, self._backend)
+        prepared = {
+            id(layer): self._prepare_layer(layer, *layer_tables)
+            for layer, layer_tables in zip(self._distinct, tables, strict=True)
+        }
+        projection = self._projection
         return EncoderWeights(
             None
             if projection is None
-            else linear.prepare([projection.weight], [projection.bias], backend),
-            None if convolution is None else _prepare_convolution(convolution, backend),
+            else linear.prepare([projection.weight], [projection.bias], self._backend),
+            self._prepare_convolution(),
             [prepared[id(layer)] for layer in self._layers],
         )
 
     def _prepare_layer(
-        self,
-        layer: LayerSpec,
-        stack: PreparedLinear | None,
-        pos_key: Tensor | None,
-        pos_query: Tensor | None,
+        self, layer: LayerSpec, pos_key: Tensor | None, pos_query: Tensor | None
     ) -> LayerWeights:
-        backend, out = self._backend, layer.attention_out
-        if stack is None:
-            modules = layer.projections
-            biases: list[Tensor | None] = [module.bias for module in modules]
-            if isinstance(layer.attention, DisentangledAttention) and layer.attention.by_head:
-                biases = [_bias_by_head(layer.attention)]
-            stack = linear.prepare([m.weight for m in modules], biases, backend)
+        backend, out, modules = self._backend, layer.attention_out, layer.projections
+        biases: list[Tensor | None] = [module.bias for module in modules]
+        if _has_bias_by_head(layer):
+            biases = [_qkv_bias(layer)]
         ffn_in, ffn_out = layer.ffn_in, layer.ffn_out
         return LayerWeights(
-            stack,
+            linear.prepare([module.weight for module in modules], biases, backend),
             linear.prepare([out.weight], [out.bias], backend),
             linear.prepare_feed_forward(
                 ffn_in.weight,
@@ -282,20 +308,29 @@ class WeightCache:
             pos_query,
         )
 
+    def _prepare_convolution(self) -> PreparedLinear | None:
+        """As a linear over windows: a window's tokens one after another, not its features."""
+        if self._convolution is None:
+            return None
+        conv = self._convolution.conv
+        weight = conv.weight.detach().transpose(1, 2).flatten(1)
+        return linear.prepare([weight], [conv.bias], self._backend)
 
-def _bias_by_head(attention: DisentangledAttention) -> Tensor:
-    """DeBERTa v1's biases in the order of its projection: q, k and v of one head after another."""
+
+def _has_bias_by_head(layer: LayerSpec) -> bool:
+    return isinstance(layer.attention, DisentangledAttention) and layer.attention.by_head
+
+
+def _qkv_bias(layer: LayerSpec) -> Tensor | None:
+    """DeBERTa v1's biases in the order of its projection: q, k and v of one head after another;
+    ``None`` where the biases are those of the projections."""
+    attention = layer.attention
+    if not _has_bias_by_head(layer):
+        return None
     module: Any = attention.module
     q_bias, v_bias = module.q_bias.detach(), module.v_bias.detach()
     parts = (q_bias, torch.zeros_like(q_bias), v_bias)
     return torch.stack([part.view(-1, attention.head_size) for part in parts], dim=1).view(-1)
-
-
-def _prepare_convolution(spec: ConvolutionSpec, backend: str) -> PreparedLinear:
-    """As a linear over windows: a window's tokens one after another, not its features."""
-    bias = spec.conv.bias
-    weight = spec.conv.weight.detach().transpose(1, 2).flatten(1)
-    return linear.prepare([weight], [bias], backend)
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -306,13 +341,18 @@ def _parameter(module: nn.Module, name: str) -> Tensor | None:
         raise NotFastError(f"a {type(module).__name__} whose {name} is no parameter") from None
 
 
-def layout(tensor: Tensor) -> tuple:
-    """Where a tensor lies and how it is read."""
+def place(tensor: Tensor | None) -> tuple | None:
+    """Which memory a tensor is, and how it reads it."""
+    if tensor is None:
+        return None
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, type(tensor)
 
 
-def _identity(tensor: Tensor) -> tuple:
-    return *layout(tensor), 0 if tensor.is_inference() else tensor._version
+def _identity(tensor: Tensor | None) -> tuple | None:
+    """The same, and how often autograd saw it change."""
+    if tensor is None:
+        return None
+    return place(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _check_plain(tensor: Tensor, like: Tensor) -> None:
@@ -325,42 +365,3 @@ def _check_plain(tensor: Tensor, like: Tensor) -> None:
         raise NotFastError(f"weights of {tensor.dtype} and {like.dtype} in one encoder")
     if tensor.device != like.device:
         raise NotFastError(f"weights on {tensor.device} and {like.device} in one encoder")
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """The elements as integers of their size, ``(rows, columns)``; a view that sees later edits."""
-    detached = tensor.detach()
-    if not detached.is_contiguous():
-        detached = detached.t()
-    rows = detached.view(detached.shape[0] if detached.dim() == 2 else 1, -1)
-    return rows.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
-
-
-def _sample(tensor: Tensor) -> list[Tensor]:
-    """Short runs of elements, spread evenly over the tensor; views that see later edits."""
-    words = _words(tensor).view(-1)
-    run = RUN_BYTES // words.element_size()
-    step = max(run, words.numel() // SAMPLE_RUNS)
-    return [words[i : i + run] for i in range(0, words.numel(), step)]
-
-
-def _checksum(tensors: list[Tensor]) -> int:
-    return sum((index + 1) * _checksum_of(tensor) for index, tensor in enumerate(tensors))
-
-
-@functools.cache
-def _odd_numbers(count: int) -> Tensor:
-    return torch.arange(count).mul_(2).add_(1)
-
-
-def _checksum_of(tensor: Tensor) -> int:
-    """A sum of all bytes that also depends on the order of rows and columns."""
-    words = _words(tensor)
-    width = 8 // words.element_size()
-    if words.shape[1] % width == 0 and words.storage_offset() % width == 0:
-        words = words.view(torch.int64)
-    # Odd factors tell one row from another. Exchanged columns leave the rows' sums alone, but they
-    # show in any row: a few are enough to see them.
-    some_rows = words[:: max(1, words.shape[0] // 4)]
-    row_factors, column_factors = (_odd_numbers(size) for size in words.shape)
-    return int((words.sum(dim=1) * row_factors).sum() + (some_rows * column_factors).sum())

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from encoder_fast.kernels.integers import ceil_div
 from encoder_fast.kernels.row_norm import (
     aligned,
     layer_norm_row,
@@ -113,7 +114,7 @@ def add_layer_norm(
     stride_residual_row = 0 if residual is None else residual.stride(0)
     tile = tile_for("add_layer_norm", N, x.element_size(), x.device)
     with torch.cuda.device_of(x):
-        add_layer_norm_kernel[(triton.cdiv(M, tile.rows),)](
+        add_layer_norm_kernel[(ceil_div(M, tile.rows),)](
             x,
             x_bias,
             residual,

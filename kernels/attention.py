@@ -48,6 +48,7 @@ from encoder_fast.kernels.attention_tiles import (
     shared_memory,
     tile_grid,
 )
+from encoder_fast.kernels.integers import ceil_div, next_power_of_2
 from encoder_fast.kernels.launch_table import tuned
 
 
@@ -343,7 +344,7 @@ def attention(
     biased = relative_bias is not None
     config = launch_config(q.device, head_dim, q.dtype, longest, total // batch, biased)
     if config.pack_rows:
-        tiles_per_sequence, n_tiles = 0, triton.cdiv(total, config.block_m)
+        tiles_per_sequence, n_tiles = 0, ceil_div(total, config.block_m)
     else:
         tiles_per_sequence, n_tiles = tile_grid(total, batch, longest, config.block_m)
     scale_log2 = softmax_scale * math.log2(math.e)
@@ -373,7 +374,7 @@ def attention(
             # The bias is added to scaled scores.
             scale_log2 if relative_bias is None else math.log2(math.e),
             HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=max(16, next_power_of_2(head_dim)),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             ONE_KEY_TILE=config.one_key_tile,

@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from encoder_fast.kernels.integers import ceil_div
+
 # Bytes for a block that tell the cards apart: 227 KB on Hopper and data-centre Blackwell, 99 to
 # 163 KB on those before and on consumer cards.
 LARGE_SHARED_MEMORY = 200 * 1024
@@ -35,7 +37,7 @@ def shared_memory(device: torch.device) -> int:
 def tile_grid(total: int, batch: int, longest: int, block_m: int) -> tuple[int, int]:
     """(tiles of each sequence, or 0 for slots; tiles in all)."""
     slots = total // block_m + batch
-    plain = triton.cdiv(longest, block_m)
+    plain = ceil_div(longest, block_m)
     return (plain, batch * plain) if batch * plain <= slots else (0, slots)
 
 
@@ -46,8 +48,15 @@ def search_steps(batch: int) -> int:
 
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies, after PyTorch's float32 matmul precision setting."""
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if exact else "tf32"
+    return "tf32" if dtype != torch.float32 or _allows_tf32() else "ieee"
+
+
+def _allows_tf32() -> bool:
+    # From PyTorch 2.9 on this setting tells of the older ones too, which raise once it was used.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return setting == "tf32"
 
 
 @triton.jit

@@ -44,6 +44,7 @@ from encoder_fast.kernels.attention_tiles import (
     shared_memory,
     tile_grid,
 )
+from encoder_fast.kernels.integers import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def disentangled_attention(
             row_of_distance.numel() // 2,
             softmax_scale * math.log2(math.e),
             HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=max(16, next_power_of_2(head_dim)),
             BLOCK_M=config.block_m,
             CHUNK=config.chunk,
             HAS_POS_KEY=pos_key is not None,

@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from encoder_fast.kernels.integers import ceil_div
 from encoder_fast.kernels.row_norm import (
     aligned,
     layer_norm_row,
@@ -135,7 +136,7 @@ def embed_layer_norm(
     stride_token_type_row, n_token_type = _stride_and_rows(token_type)
     tile = tile_for("embed_layer_norm", N, itemsize, word.device)
     with torch.cuda.device_of(word):
-        embed_layer_norm_kernel[(triton.cdiv(total, tile.rows),)](
+        embed_layer_norm_kernel[(ceil_div(total, tile.rows),)](
             input_ids,
             position_ids,
             token_type_ids,

@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from encoder_fast.kernels.integers import ceil_div
+
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 
 # 8 elements for each of 128 threads, one access in half precision. Most inner widths are a multiple
@@ -65,7 +67,7 @@ def gated(x: torch.Tensor, activation: str) -> torch.Tensor:
     if M == 0:
         return out
     with torch.cuda.device_of(x):
-        gated_kernel[(triton.cdiv(M, BLOCK_M), triton.cdiv(N, BLOCK_N))](
+        gated_kernel[(ceil_div(M, BLOCK_M), ceil_div(N, BLOCK_N))](
             x,
             out,
             M,

@@ -36,6 +36,7 @@ from encoder_fast.kernels.attention_tiles import (
     shared_memory,
     tile_grid,
 )
+from encoder_fast.kernels.integers import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def local_attention(
             search_steps(batch),
             softmax_scale * math.log2(math.e),
             HEAD_DIM=head_dim,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=max(16, next_power_of_2(head_dim)),
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             INPUT_PRECISION=input_precision(q.dtype),

@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from encoder_fast.kernels.integers import ceil_div, next_power_of_2
+
 # Elements of each half that a program holds: 8 for each thread, in half precision one access.
 HALF_TILE = 1024
 
@@ -35,7 +37,7 @@ class HeadTile:
 
 def head_tile(head_dim: int) -> HeadTile:
     """The tile for heads of an even number of features."""
-    block_d = triton.next_power_of_2(head_dim // 2)
+    block_d = next_power_of_2(head_dim // 2)
     return HeadTile(max(1, HALF_TILE // block_d), block_d)
 
 
@@ -77,7 +79,7 @@ def rotary(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         return
     tile = head_tile(D)
     with torch.cuda.device_of(qkv):
-        rotary_kernel[(triton.cdiv(total * 2 * H, tile.rows),)](
+        rotary_kernel[(ceil_div(total * 2 * H, tile.rows),)](
             qkv,
             cos,
             sin,

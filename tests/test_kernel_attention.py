@@ -23,6 +23,7 @@ from attention_oracle import (
 )
 
 from encoder_fast.kernels import attention as kernel
+from encoder_fast.kernels.attention_tiles import input_precision
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -232,6 +233,20 @@ def test_float32_follows_the_matmul_precision(precision: str) -> None:
         assert_as_good_as_eager(q, k, v, (130, 70))
     finally:
         torch.set_float32_matmul_precision(setting)
+
+
+@pytest.mark.parametrize("precision", ("ieee", "tf32"))
+def test_float32_follows_the_setting_of_cuda_alone(precision: str) -> None:
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:
+        pytest.skip("PyTorch has this setting from 2.9 on")
+    # Once it says TF32, the older settings raise.
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        assert input_precision(torch.float32) == precision
+        assert input_precision(torch.float16) == "tf32", "one kernel, whatever the setting"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = setting
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="there is no device to wait for")

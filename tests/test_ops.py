@@ -138,7 +138,7 @@ def distance_attention(
 ) -> torch.Tensor:
     q, k, v = qkv.permute(1, 2, 0, 3)
     scores = q @ k.transpose(1, 2) * 0.25
-    index = torch.arange(len(qkv), device=DEVICE)
+    index = torch.arange(len(qkv), device=qkv.device)
     distance = index - index[:, None]
     if bias is not None:
         reach = bias.shape[1] // 2

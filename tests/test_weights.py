@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import zoo
 from berts import DEVICE, inputs, tiny
 from torch import nn
 
 import encoder_fast
 from encoder_fast import weights
+from encoder_fast.fingerprints import checksum_of_all
 
 LINEARS = (
     "attention.self.query",
@@ -82,10 +84,18 @@ EDITS = (
 )
 
 
+# "reference" keeps weights by the rule of the GPU's backends: one stacked linear, one that is not.
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("path", LINEARS)
-def test_edits_take_effect(path: str, edit: Callable[[nn.Linear], None]) -> None:
-    model, call = encoder_fast.patch(tiny()), inputs()
+@pytest.mark.parametrize(
+    ("path", "backend"),
+    [
+        *((path, "auto") for path in LINEARS),
+        ("attention.self.query", "reference"),
+        ("output.dense", "reference"),
+    ],
+)
+def test_edits_take_effect(path: str, backend: str, edit: Callable[[nn.Linear], None]) -> None:
+    model, call = encoder_fast.patch(tiny(), backend), inputs()
     with torch.no_grad():
         before = model(**call)[0]
         edit(model.encoder.layer[1].get_submodule(path))
@@ -144,13 +154,13 @@ def test_a_part_changed_unseen_by_autograd(path: str, edit: Callable[[torch.Tens
 
 def test_every_single_element_is_in_the_checksum() -> None:
     weight = torch.randn(37, 29)
-    known = weights._checksum([weight])
+    known = checksum_of_all([weight])
     for index in range(weight.numel()):
         before = weight.view(-1)[index].item()
         weight.view(-1)[index] = before + 1e-3
-        assert weights._checksum([weight]) != known
+        assert checksum_of_all([weight]) != known
         weight.view(-1)[index] = before
-    assert weights._checksum([weight]) == known
+    assert checksum_of_all([weight]) == known
 
 
 def test_head_pruning_between_calls() -> None:
@@ -192,16 +202,33 @@ def test_a_model_made_under_inference_mode() -> None:
     assert encoder_fast.report(model).fallbacks == {}
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU rewrites its stacked weights in every forward")
-def test_unchanged_weights_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_unchanged_weights_are_prepared_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = weights.linear.prepare
     monkeypatch.setattr(weights.linear, "prepare", lambda *args: made.append(1) or original(*args))
-    model, call = encoder_fast.patch(tiny()), inputs()
+    model, call = encoder_fast.patch(tiny(), backend), inputs()
     with torch.no_grad():
         for _ in range(3):
             model(**call)
     assert len(made) == 2 * 2  # Q, K, V and the output projection, of two layers
+
+
+@pytest.mark.parametrize("family", ["deberta", "deberta_v2"])
+def test_what_is_derived_from_weights_follows_them(family: str) -> None:
+    """Tables of positions, v1's biases by head and v2's convolution, by the GPU's rule."""
+    changes = {"conv_kernel_size": 3} if family == "deberta_v2" else {}
+    model = encoder_fast.patch(zoo.build(family, **changes), "reference")
+    call = {name: inputs()[name] for name in ("input_ids", "attention_mask")}
+    names = ("rel_embeddings", "q_bias", "pos_proj", "pos_q_proj", "conv.conv", "key_proj")
+    for part in names:
+        touched = [p for name, p in model.named_parameters() if part in name]
+        with torch.no_grad():
+            model(**call)
+            for parameter in touched:
+                parameter.mul_(1.5)
+        report = encoder_fast.check_parity(model, call)
+        assert report.ok and not report.fallbacks, f"{part}\n{report}"
 
 
 @pytest.mark.gpu

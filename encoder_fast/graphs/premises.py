@@ -12,7 +12,7 @@ from encoder_fast.families.family import is_library_code
 from encoder_fast.graphs.bucket import float32_precision
 from encoder_fast.ops.linear import Activation
 from encoder_fast.spec import EncoderSpec, SoftmaxAttention, epsilon
-from encoder_fast.weights import WeightCache, layout
+from encoder_fast.weights import WeightCache, place
 
 
 class Premises:
@@ -47,7 +47,7 @@ class Premises:
         matmul = torch.backends.cuda.matmul
         return (
             self._weights.places(),
-            [layout(getattr(rotary.module, rotary.buffer)) for rotary in self._rotaries],
+            [place(getattr(rotary.module, rotary.buffer)) for rotary in self._rotaries],
             [epsilon(norm) for norm in self._norms],
             [attention.softmax_scale for attention in self._attentions],
             float32_precision(),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from encoder_fast.backends import resolve
 from encoder_fast.errors import BackendUnavailableError, NotFastError, UnsupportedModelError
 from encoder_fast.ops.pool import operator as pool
-from encoder_fast.packing import PackedBatch, pack_lengths
+from encoder_fast.packing import PackedBatch, pack_lengths, to_device
 from encoder_fast.patching import patch, report
 from encoder_fast.patching.arguments import parameter_names
 from encoder_fast.patching.packed import encode_packed, known_batch
@@ -138,12 +138,7 @@ class Runner:
             )
         device = self.device
         batch = pack_lengths([len(row.ids) for row in rows], device=device)
-        return _to(ids, device), None if types is None else _to(types, device), batch
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        # only from pinned memory does a copy not wait
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+        on_device = to_device(torch.from_numpy(ids), device)
+        if types is None:
+            return on_device, None, batch
+        return on_device, to_device(torch.from_numpy(types), device), batch
