@@ -138,8 +138,6 @@ class WeightCache:
             for module, name in self._sources
             if (parameter := _parameter(module, name)) is not None
         ]
-        if not sources:
-            return EncoderWeights(None, None, [])  # a model without layers
         # Buffers made under inference_mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
             if like.device.type == "cpu":

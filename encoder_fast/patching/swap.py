@@ -103,6 +103,8 @@ def _patch(root: nn.Module, backend: str, strict: bool) -> list[nn.Module]:
             if "forward" in module.__dict__:
                 raise UnsupportedModelError("its forward was replaced on the instance")
             state.read(module)
+            for parent, _ in parents:
+                family.check_head(parent)
         except UnsupportedModelError as error:
             where = f"{original.__name__}{f' at {path}' if path else ''}"
             raise UnsupportedModelError(f"{where}: {error}. Nothing was changed.") from None
