@@ -177,4 +177,13 @@ def _fast_class(original: Any) -> Any:
     }
     if not hasattr(original, "__deepcopy__"):
         namespace["__deepcopy__"] = deepcopy
-    return type(original)(original.__name__, (original,), namespace)
+
+    def make(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # type(model)(config) and type(model).from_pretrained make models that are not patched.
+        return meta.__call__(original if cls is fast else cls, *args, **kwargs)
+
+    meta: Any = type(original)
+    fast = type(meta.__name__, (meta,), {"__call__": make})(
+        original.__name__, (original,), namespace
+    )
+    return fast
