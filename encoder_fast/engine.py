@@ -174,8 +174,7 @@ def encode(
         if collect is not None:
             collect.append(normed if index == last and spec.normed_last_state else residual)
     if first_token_alone:
-        is_left_out = leaves_out and bool(spec.layers)
-        return batch.blank_empty_rows(normed if is_left_out else batch.first_tokens(normed))
+        return batch.blank_empty_rows(normed if leaves_out else batch.first_tokens(normed))
     return normed
 
 

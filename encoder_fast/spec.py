@@ -192,7 +192,7 @@ class EncoderSpec:
 
     Attributes:
         embeddings: how tokens become the first hidden state.
-        layers: the layers, in order.
+        layers: the layers, in order; there is at least one.
         norm_order: ``"post"``: each half of a layer is added to what went into it, and the sum is
             normalised. ``"pre"``: each half runs on a normalised copy of the sum so far.
         final_norm: in pre-norm order, the norm after the last layer.
@@ -211,7 +211,7 @@ class EncoderSpec:
     @property
     def first_norm(self) -> nn.LayerNorm | None:
         """The norm between the embeddings and the first layer's attention."""
-        return self.layers[0].attention_norm if self.norm_order == "pre" and self.layers else None
+        return self.layers[0].attention_norm if self.norm_order == "pre" else None
 
     @property
     def norms(self) -> list[tuple[nn.LayerNorm | None, nn.LayerNorm | None]]:

@@ -65,9 +65,6 @@ class EncoderWeights:
     layers: list[LayerWeights]
 
 
-_NO_LAYERS = EncoderWeights(None, None, [])
-
-
 @dataclass(frozen=True, slots=True)
 class _Copied:
     """All layers' weights as copies, and what they were made from.
@@ -151,7 +148,7 @@ class WeightCache:
             return self.rewritten(like)
         parameters = self._checked_parameters(like)
         with torch.inference_mode(False), torch.no_grad():
-            return self._verified(parameters, like, tokens) if parameters else _NO_LAYERS
+            return self._verified(parameters, like, tokens)
 
     def rewritten(self, like: Tensor) -> EncoderWeights:
         """The weights as :meth:`current` has them on every backend but ``cpu``: derived anew, by
@@ -163,7 +160,7 @@ class WeightCache:
         parameters = self._checked_parameters(like)
         # Buffers made under inference_mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
-            return self._rewritten(parameters, like) if parameters else _NO_LAYERS
+            return self._rewritten(parameters, like)
 
     @property
     def buffers(self) -> object:

@@ -120,11 +120,10 @@ def test_a_replaced_head_gets_every_token(replacement: object, rows: list[int]) 
     assert _full(rows)
 
 
-def test_electra_told_to_take_another_token(rows: list[int]) -> None:
+def test_electra_told_to_take_padding() -> None:
     model = zoo.build("electra", "ForMultipleChoice", summary_type="mean")
-    with torch.inference_mode():
-        encoder_fast.patch(model)(**call_for("electra", "ForMultipleChoice", "right"))
-    assert _full(rows)
+    with pytest.raises(encoder_fast.UnsupportedModelError, match="summary_type='mean'"):
+        encoder_fast.patch(model)
 
 
 def test_a_subclass_with_a_forward_of_its_own_gets_every_token(rows: list[int]) -> None:
@@ -161,7 +160,7 @@ def test_copies_pickles_and_unpatch(rows: list[int]) -> None:
         assert torch.equal(model(**call).logits, before)
 
 
-@pytest.mark.parametrize("layers", [0, 1, 2])
+@pytest.mark.parametrize("layers", [1, 2])
 def test_packed_first_tokens(layers: int) -> None:
     model = encoder_fast.patch(zoo.build("bert", num_hidden_layers=layers))
     batch = pack_lengths([3, 0, 5, 1, 0])

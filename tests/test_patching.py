@@ -132,6 +132,18 @@ def test_save_and_load(tmp_path: object) -> None:
         assert torch.equal(value.to(DEVICE), plain[key])
 
 
+def test_the_class_makes_models_that_are_not_patched(tmp_path: object) -> None:
+    model = tiny("BertForSequenceClassification")
+    original = type(model)
+    encoder_fast.patch(model).save_pretrained(tmp_path)
+    mine = type("Mine", (type(model),), {})
+    for other in (type(model).from_pretrained(tmp_path), type(model)(model.config)):
+        assert type(other) is original
+        assert type(copy.deepcopy(other)) is original
+        assert encoder_fast.patch(other) is other
+    assert type(mine(model.config)) is mine
+
+
 def test_load_state_dict_after_patching() -> None:
     model, other = tiny(seed=0), tiny(seed=1)
     expected = run(other)

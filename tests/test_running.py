@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import zoo
 from berts import DEVICE, inputs, tiny
 
 import encoder_fast
@@ -176,6 +177,39 @@ def test_config_defaults_for_outputs() -> None:
         theirs = model(**inputs())
         ours = encoder_fast.patch(model)(**inputs())
     assert len(ours.hidden_states) == len(theirs.hidden_states) == 3
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+@pytest.mark.parametrize("config", [True, False])
+@pytest.mark.parametrize("asked", [None, 0, 1, -1, [0, -2], [7, -9], []])
+def test_hidden_states_are_chosen_as_the_original_does(
+    asked: object, config: bool, family: str
+) -> None:
+    """By index since late versions of transformers 5, all of them or none before, and in families
+    whose forward takes the argument by name; there alone, None leaves it to the config."""
+    model = zoo.build(family, output_hidden_states=config)
+    call = {"input_ids": inputs("none")["input_ids"], "output_hidden_states": asked}
+    with torch.inference_mode():
+        theirs = model(**call).get("hidden_states")
+        ours = encoder_fast.patch(model, strict=True)(**call).get("hidden_states")
+        every = model(**{**call, "output_hidden_states": True}).hidden_states
+    assert (ours is None) == (theirs is None)
+    for mine, other, state in zip(ours or (), theirs or (), every if ours else (), strict=True):
+        assert (mine is None) == (other is None)
+        assert mine is None or torch.equal(mine, state)
+
+
+def test_return_dict_none() -> None:
+    model = tiny(return_dict=False)
+    with torch.inference_mode():
+        theirs = model(**inputs(), return_dict=None)
+        ours = encoder_fast.patch(model)(**inputs(), return_dict=None)
+    assert type(ours) is type(theirs)
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(encoder_fast.UnsupportedModelError, match="no layers"):
+        encoder_fast.patch(tiny(num_hidden_layers=0))
 
 
 def test_loss_in_eval_mode() -> None:

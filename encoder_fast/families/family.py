@@ -86,6 +86,17 @@ class Family:
         names = self._names_of_head(type(parent))
         return bool(names) and not any(name in self.first_token_heads for name in names)
 
+    def check_head(self, parent: nn.Module) -> None:
+        """Refuse a head of this family that reads padding as text.
+
+        Raises:
+            UnsupportedModelError: ELECTRA's summary can take the last column, or the mean of all.
+        """
+        for child in parent.children():
+            kind = getattr(child, "summary_type", "first")
+            if type(child).__module__ == self.module and kind != "first":
+                raise UnsupportedModelError(f"summary_type={kind!r} reads padded columns as text")
+
     def reads_first_token_alone(self, cls: Any, model: nn.Module) -> bool:
         """Whether ``model``, of class ``cls``, has one of ``first_token_heads`` as it came."""
         # ModernBERT's can be told to take the mean
@@ -95,10 +106,7 @@ class Family:
             if name in self.first_token_heads:
                 reader = self.first_token_heads[name]
                 return reader is None or any(
-                    type(child).__name__ == reader
-                    and type(child).__module__ == self.module
-                    # ELECTRA's can be told to take another token, or all of them
-                    and getattr(child, "summary_type", "first") == "first"
+                    type(child).__name__ == reader and type(child).__module__ == self.module
                     for child in model.children()
                 )
         return False

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +17,12 @@ from encoder_fast.errors import NotFastError
 
 @dataclass(slots=True)
 class Arguments:
-    """One call's arguments, as far as the fast path knows them."""
+    """One call's arguments, as far as the fast path knows them.
+
+    Attributes:
+        hidden_states: which hidden states are wanted, by index; negative ones count from the end.
+            ``None`` where all of them are, if ``output_hidden_states`` is set.
+    """
 
     input_ids: Tensor | None
     inputs_embeds: Tensor | None
@@ -22,6 +30,7 @@ class Arguments:
     token_type_ids: Tensor | None
     position_ids: Tensor | None
     output_hidden_states: bool
+    hidden_states: tuple[int, ...] | None
     return_dict: bool
 
     @property
@@ -75,21 +84,13 @@ def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -
         size = given.get(name)
         if size is not None and (source.dim() <= axis or size != source.shape[axis]):
             raise NotFastError(f"{name} other than the input's")
-    flag = given.get("output_attentions")
-    if getattr(config, "output_attentions", False) if flag is None else flag:
+    if _flag("output_attentions", given, names, config, False):
         raise NotFastError("output_attentions")
-    hidden_states = given.get("output_hidden_states")
-    if hidden_states is None:
-        hidden_states = getattr(config, "output_hidden_states", False)
-    # transformers 5 also takes the indices of the hidden states that are wanted
-    if not isinstance(hidden_states, bool) and hidden_states is not None:
-        raise NotFastError("output_hidden_states by index")
-    return_dict = given.get("return_dict")
-    if return_dict is None:
-        return_dict = getattr(config, "return_dict", True)
-        # transformers 4, whose forward takes return_dict itself, drops the dict for TorchScript
-        if "return_dict" in names and getattr(config, "torchscript", False):
-            return_dict = False
+    hidden_states = _flag("output_hidden_states", given, names, config, False)
+    return_dict = _flag("return_dict", given, names, config, True)
+    # transformers 4, whose forward takes return_dict itself, drops the dict for TorchScript
+    if given.get("return_dict") is None and "return_dict" in names:
+        return_dict = return_dict and not getattr(config, "torchscript", False)
     return Arguments(
         input_ids=given.get("input_ids"),
         inputs_embeds=given.get("inputs_embeds"),
@@ -97,5 +98,35 @@ def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -
         token_type_ids=given.get("token_type_ids"),
         position_ids=given.get("position_ids"),
         output_hidden_states=bool(hidden_states),
-        return_dict=bool(return_dict),
+        hidden_states=(_indices(hidden_states) if "output_hidden_states" not in names else None),
+        return_dict=return_dict is None or bool(return_dict),
     )
+
+
+def _flag(
+    name: str, given: Mapping[str, Any], names: tuple[str, ...], config: Any, default: bool
+) -> Any:
+    """What a call asks for under ``name``.
+
+    Where the forward takes it by name, ``None`` leaves it to the config. The decorators that take
+    it out of the forward's ``**kwargs`` ask the config only where it is left out.
+    """
+    value = given.get(name)
+    if value is None and (name in names or name not in given):
+        return getattr(config, name, default)
+    return value
+
+
+@cache
+def _selects_hidden_states() -> bool:
+    """Whether this transformers takes indices for ``output_hidden_states``."""
+    name = "transformers.utils.output_capturing"
+    if importlib.util.find_spec(name) is None:
+        return False
+    return hasattr(importlib.import_module(name), "selected_hidden_states")
+
+
+def _indices(hidden_states: Any) -> tuple[int, ...] | None:
+    if isinstance(hidden_states, bool) or hidden_states is None or not _selects_hidden_states():
+        return None
+    return (hidden_states,) if isinstance(hidden_states, int) else tuple(hidden_states)

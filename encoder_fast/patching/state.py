@@ -118,6 +118,8 @@ class EncoderState:
         if not self.family.matches(self.original):
             raise UnsupportedModelError(f"the forward of {self.original.__name__} was replaced")
         spec = self.family.read(model)
+        if not spec.layers:
+            raise UnsupportedModelError("no layers, so nothing to run fast")
         device = spec.embeddings.word.weight.device
         backend, why = resolve(self.backend, device)
         lacking = spec.needs & getattr(load(backend), "LACKING", frozenset())
@@ -203,9 +205,15 @@ class EncoderState:
         pooled = self.family.pool(model, read_by_pooler) if has_pooler else None
         states = None
         if collect is not None:
+            count, wanted = len(collect), call.hidden_states
+            kept = range(count) if wanted is None else [i + count if i < 0 else i for i in wanted]
             states = tuple(
-                last if state is hidden else batch.unpack(state, onlookers=self.pools_first)
-                for state in collect
+                None
+                if index not in kept
+                else last
+                if state is hidden
+                else batch.unpack(state, onlookers=self.pools_first)
+                for index, state in enumerate(collect)
             )
         return self._output(call, last, pooled, states)
 

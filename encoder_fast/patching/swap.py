@@ -112,6 +112,8 @@ def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> li
             if "forward" in module.__dict__:
                 raise UnsupportedModelError("its forward was replaced on the instance")
             state.read(module)
+            for parent, _ in parents:
+                family.check_head(parent)
         except UnsupportedModelError as error:
             where = f"{original.__name__}{f' at {path}' if path else ''}"
             raise UnsupportedModelError(f"{where}: {error}. Nothing was changed.") from None
@@ -182,4 +184,13 @@ def _fast_class(original: Any, entry: str) -> Any:
     }
     if not hasattr(original, "__deepcopy__"):
         namespace["__deepcopy__"] = deepcopy
-    return type(original)(original.__name__, (original,), namespace)
+
+    def make(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # type(model)(config) and type(model).from_pretrained make models that are not patched.
+        return meta.__call__(original if cls is fast else cls, *args, **kwargs)
+
+    meta: Any = type(original)
+    fast = type(meta.__name__, (meta,), {"__call__": make})(
+        original.__name__, (original,), namespace
+    )
+    return fast
