@@ -23,7 +23,7 @@ from encoder_fast.backends.onednn import has_onednn
 # At these lengths one sequence goes through whole GEMMs, as many heads at a time as have their
 # scores within this many bytes. It took 0.5 to 0.9 times as long as PyTorch's flash kernel, which
 # multiplies in blocks of 32 or 64 queries.
-_CACHED_SCORES = {torch.float32: range(1, 193), torch.bfloat16: range(96, 2049)}
+_CACHED_SCORES = {torch.float32: range(1, 449), torch.bfloat16: range(64, 2049)}
 _SCORES_BYTES = 8 << 20
 
 # Several sequences of one length below this are better off in one call of the flash kernel.
