@@ -44,10 +44,14 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def _double_error(model: nn.Module, call: dict, logits: torch.Tensor) -> float:
+def _logits(model: nn.Module, calls: list[dict]) -> torch.Tensor:
     with torch.inference_mode():
-        exact = copy.deepcopy(model).double()(**call).logits
-    return float((logits.double() - exact).abs().max() / exact.abs().max())
+        return torch.cat([model(**call).logits for call in calls])
+
+
+def _error(logits: torch.Tensor, exact: torch.Tensor) -> float:
+    """Their root mean square: of so few numbers, the largest error is a matter of luck."""
+    return float((logits.double() - exact).square().mean().sqrt())
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "left", "empty_row"])
@@ -56,22 +60,21 @@ def test_same_logits(family: str, head: str, kind: str, rows: list[int]) -> None
     if kind == "left" and zoo.refuses_left_padding(family, head):
         pytest.skip("the original forward runs: test_families covers it")
     model = zoo.build(family, head)
-    call = call_for(family, head, kind)
-    with torch.inference_mode():
-        before = model(**call).logits
-        after = encoder_fast.patch(model, strict=True)(**call).logits
+    calls = [call_for(family, head, kind) for _ in range(1 if kind == "empty_row" else 4)]
+    before = _logits(model, calls)
+    after = _logits(encoder_fast.patch(model, strict=True), calls)
     pruned = _is_first_token_head(family, head)
     assert (rows[-1] == 4) == pruned
     assert rows[0] > 4
     if kind == "empty_row":  # the original pools what attends to nothing there
-        mask = call["attention_mask"].flatten(0, -2)
+        mask = calls[0]["attention_mask"].flatten(0, -2)
         real = (mask.sum(-1) > 0).view(*before.shape[:-1], -1).expand_as(before)
         after, before = after[real], before[real]
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
         return
-    encoder_fast.unpatch(model)
-    noise = torch.finfo(torch.float32).eps
-    assert _double_error(model, call, after) <= 2 * _double_error(model, call, before) + noise
+    exact = _logits(encoder_fast.unpatch(model).double(), calls)
+    floor = torch.finfo(torch.float32).eps * float(exact.abs().max())
+    assert _error(after, exact) <= 2 * _error(before, exact) + floor
 
 
 def test_first_token_heads_are_known() -> None:
