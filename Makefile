@@ -5,6 +5,8 @@ VENV    ?= .venv
 WHEELS  ?= .cache/wheels
 # Test workers. Each runs its numerics on one thread.
 JOBS    ?= 2
+# The same beside a GPU, where most of the time goes into compiling its kernels.
+GPU_JOBS ?= 8
 # What pip installs where no GPU is found and Python has no torch of its own. Where this version
 # comes with CUDA and that is not wanted, name PyTorch's CPU wheels here by pip's --index-url.
 TORCH   ?= torch==2.13.0
@@ -46,7 +48,9 @@ test: lint $(RXNFP) $(GENSIM) $(CUDA) ## Linters, types and the whole test suite
 		$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
 
 test-gpu: cuda-in-tree ## The test suite from the tree, with the packages there are (ARGS=tests/…)
-	@PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider $(or $(ARGS),tests)
+	@workers=`$(PYTHON) -c "import xdist; print('-n $(GPU_JOBS) --dist loadgroup')" 2>/dev/null`; \
+		PYTHONPATH=. OMP_NUM_THREADS=2 \
+		$(PYTHON) -m pytest -p no:cacheprovider $$workers $(or $(ARGS),tests)
 
 # Figures are reported even if a contestant of ours failed; the status still says so.
 bench: $(VENV)/.bench ## Benchmarks and docs/performance.md, 15 minutes on two cores (ARGS=--quick: 3)
