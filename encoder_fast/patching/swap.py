@@ -34,9 +34,10 @@ def patch(model: M, backend: str = "auto", *, cuda_graphs: bool = False, strict:
 
     Calls, outputs, state dict and files stay what they were, with one difference: what the encoder
     returns at padded positions is zeros, so that a head's logits there are its bias, and a loss
-    that counts padded positions (labels other than -100) differs. A first column that is padding
-    keeps the original's values where it is read inside ``model``: by the encoder's pooler, or by a
-    head that does not go token by token. So patch the whole model, not the encoder in it.
+    that counts padded positions (labels other than -100, a row without a token) differs. In a row
+    with a token, a first column that is padding keeps the original's values where it is read inside
+    ``model``: by the encoder's pooler, or by a head that does not go token by token. So patch the
+    whole model, not the encoder in it.
 
     Weights changed later take effect at the next call. One kind of change is noticed late, on the
     CPU alone: a part of a weight written through ``.data`` or NumPy, which PyTorch does not count;
