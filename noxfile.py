@@ -27,7 +27,7 @@ def run_tests(session: nox.Session, *versions: str, tests: tuple[str, ...] = ())
 
 
 @nox.session
-@nox.parametrize("version", ["4.57.6", "5.23.0"])
+@nox.parametrize("version", ["4.57.6", "5.24.0"])
 def transformers(session: nox.Session, version: str) -> None:
     """The last 4.x, whose modules and signatures differ from 5.x, and the newest."""
     run_tests(session, TRITON, f"transformers=={version}")
