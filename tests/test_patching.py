@@ -144,6 +144,15 @@ def test_the_class_makes_models_that_are_not_patched(tmp_path: object) -> None:
     assert type(mine(model.config)) is mine
 
 
+def test_a_pickle_of_the_class_is_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = type(encoder_fast.patch(tiny()))
+    on_top = type("OnTop", (cls,), {"__module__": __name__})
+    monkeypatch.setitem(globals(), "OnTop", on_top)
+    assert pickle.loads(pickle.dumps(cls)) is transformers.BertModel
+    assert pickle.loads(pickle.dumps(cls.from_pretrained)) == transformers.BertModel.from_pretrained
+    assert pickle.loads(pickle.dumps(on_top)) is on_top
+
+
 def test_load_state_dict_after_patching() -> None:
     model, other = tiny(seed=0), tiny(seed=1)
     expected = run(other)

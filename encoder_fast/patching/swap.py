@@ -10,6 +10,7 @@ of that class is touched.
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,8 @@ def patch(model: M, backend: str = "auto", *, cuda_graphs: bool = False, strict:
 
     Returns:
         The same object. Patching it again replaces the options and starts the counts anew. A deep
-        copy of it is patched; a pickle is not, and loads without encoder_fast.
+        copy of it is patched; a pickle, such as a worker process gets, is not, and loads without
+        encoder_fast.
 
     Raises:
         UnsupportedModelError: it holds no supported encoder, or one in a configuration that has no
@@ -194,4 +196,11 @@ def _fast_class(original: Any, entry: str) -> Any:
     fast = type(meta.__name__, (meta,), {"__call__": make})(
         original.__name__, (original,), namespace
     )
+
+    def reduce(cls: Any) -> Any:
+        # A class by name, as ever; ours as the original, which is what a copy of it is. A process
+        # pool of sentence-transformers sends a class method of the model, and so its class.
+        return (copy.copy, (original,)) if cls is fast else cls.__qualname__
+
+    copyreg.pickle(type(fast), reduce)
     return fast
