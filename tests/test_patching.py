@@ -6,6 +6,8 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 import torch
@@ -111,6 +113,35 @@ def test_unpatch_leaves_a_class_put_on_top() -> None:
     assert type(model) is on_top
     assert agree(run(model), before)
     assert encoder_fast.report(model).encoders == ()
+
+
+def test_copies_keep_a_class_put_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = encoder_fast.patch(tiny())
+    on_top = type("OnTop", (type(model),), {"__module__": __name__})
+    monkeypatch.setitem(globals(), "OnTop", on_top)
+    model.__class__ = on_top
+    before = run(model)
+    for patched in (True, False):
+        clone, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert type(clone) is type(loaded) is on_top
+        assert agree(run(clone), before) and agree(run(loaded), before)
+        assert [e.fast_calls for e in encoder_fast.report(clone).encoders] == [1] * patched
+        encoder_fast.unpatch(model)
+
+
+def test_threads_that_patch_a_class_for_the_first_time() -> None:
+    class Slow(transformers.BertModel):
+        def __init_subclass__(cls) -> None:
+            time.sleep(0.05)  # so that both threads are making the class
+
+    models = [Slow(config()).eval() for _ in range(2)]
+    threads = [threading.Thread(target=encoder_fast.patch, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert type(models[0]) is type(models[1]) is not Slow
+    assert [type(encoder_fast.unpatch(model)) for model in models] == [Slow, Slow]
 
 
 def test_patching_again_replaces_the_options() -> None:

@@ -14,6 +14,7 @@ import copyreg
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -145,12 +146,21 @@ def _restore(module: nn.Module) -> None:
         module.__class__ = state.original
 
 
-@functools.cache
+# A cache alone lets two threads make two of one class, and unpatch knows the later one.
+_making = Lock()
+
+
 def _fast_class(original: Any, entry: str) -> Any:
     """The subclass that patched instances of ``original`` get; one for each class.
 
     Its method ``entry`` asks the state that an instance carries first.
     """
+    with _making:
+        return _make_fast_class(original, entry)
+
+
+@functools.cache
+def _make_fast_class(original: Any, entry: str) -> Any:
 
     @functools.wraps(getattr(original, entry))
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -165,17 +175,20 @@ def _fast_class(original: Any, entry: str) -> Any:
     def state_without_ours(self: nn.Module) -> dict[str, Any]:
         return {key: value for key, value in self.__getstate__().items() if key != STATE}
 
+    # Somebody may have put a class of their own on top, which stays.
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # A pickle holds the model as it was before: it loads without encoder_fast. The usual
         # constructor of pickles insists on the object's own class, which this is not to be.
-        return object.__new__, (original,), state_without_ours(self)
+        cls = original if type(self) is fast else type(self)
+        return object.__new__, (cls,), state_without_ours(self)
 
     def deepcopy(self: nn.Module, memo: dict) -> nn.Module:
         # A copy of a patched model is patched, with a state of its own.
-        clone = original.__new__(original)
+        clone = object.__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(state_without_ours(self), memo))
-        _install(clone, copy.deepcopy(self.__dict__[STATE], memo))
+        if STATE in self.__dict__:
+            clone.__dict__[STATE] = copy.deepcopy(self.__dict__[STATE], memo)
         return clone
 
     namespace = {
