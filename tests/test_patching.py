@@ -409,7 +409,9 @@ def test_a_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_not_a_model() -> None:
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module or a pipeline, got str"):
+    with pytest.raises(
+        TypeError, match=r"a loaded torch\.nn\.Module or .*, got 'bert-base-uncased'"
+    ):
         encoder_fast.patch("bert-base-uncased")
 
 

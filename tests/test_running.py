@@ -240,6 +240,8 @@ def test_parity_report_tells_what_was_not_proved() -> None:
         encoder_fast.check_parity(model, call, raise_on_failure=True)
     with pytest.raises(ValueError, match="eval mode"):
         encoder_fast.check_parity(model.train(), call)
+    with pytest.raises(TypeError, match=r"arguments by name.*; got a list"):
+        encoder_fast.check_parity(model.eval(), ["a text"])
 
 
 def test_a_broken_kernel_breaks_parity(monkeypatch: pytest.MonkeyPatch) -> None:
