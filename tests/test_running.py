@@ -9,6 +9,7 @@ import zoo
 from berts import DEVICE, inputs, tiny
 
 import encoder_fast
+from encoder_fast import fingerprints
 from encoder_fast.backends import why_not
 from encoder_fast.parity import compare
 
@@ -228,6 +229,18 @@ def test_positional_arguments() -> None:
         named = encoder_fast.patch(model)(**call)[0]
         placed = model(call["input_ids"], call["attention_mask"], call["token_type_ids"])[0]
     assert torch.equal(named, placed)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta_v2", "modernbert"])
+def test_another_default_device(family: str) -> None:
+    """It decides where tensors are made that say nothing else; the model's are none of them."""
+    model, call = zoo.build(family), {"input_ids": inputs("none")["input_ids"]}
+    with torch.inference_mode():
+        expected = encoder_fast.patch(model, strict=True)(**call)[0]
+        encoder_fast.patch(model, strict=True)
+        fingerprints._odd_numbers.cache_clear()
+        with torch.device("meta"):
+            assert torch.equal(model(**call)[0], expected)
 
 
 def test_parity_report_tells_what_was_not_proved() -> None:
