@@ -115,11 +115,12 @@ def test_unpatch_leaves_a_class_put_on_top() -> None:
     assert encoder_fast.report(model).encoders == ()
 
 
-def test_copies_keep_a_class_put_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_put_on_top_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = encoder_fast.patch(tiny())
     on_top = type("OnTop", (type(model),), {"__module__": __name__})
     monkeypatch.setitem(globals(), "OnTop", on_top)
     model.__class__ = on_top
+    assert type(encoder_fast.patch(model)) is on_top
     before = run(model)
     for patched in (True, False):
         clone, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))

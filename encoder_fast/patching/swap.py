@@ -136,7 +136,9 @@ def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> li
 
 def _install(module: nn.Module, state: State) -> None:
     module.__dict__[STATE] = state
-    module.__class__ = _fast_class(state.original, state.entry)
+    fast = _fast_class(state.original, state.entry)
+    if not isinstance(module, fast):  # as it is below a class that somebody put on top
+        module.__class__ = fast
 
 
 def _restore(module: nn.Module) -> None:
@@ -161,7 +163,6 @@ def _fast_class(original: Any, entry: str) -> Any:
 
 @functools.cache
 def _make_fast_class(original: Any, entry: str) -> Any:
-
     @functools.wraps(getattr(original, entry))
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(STATE)
@@ -175,10 +176,10 @@ def _make_fast_class(original: Any, entry: str) -> Any:
     def state_without_ours(self: nn.Module) -> dict[str, Any]:
         return {key: value for key, value in self.__getstate__().items() if key != STATE}
 
-    # Somebody may have put a class of their own on top, which stays.
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # A pickle holds the model as it was before: it loads without encoder_fast. The usual
-        # constructor of pickles insists on the object's own class, which this is not to be.
+        # constructor of pickles insists on the object's own class, which this is not to be. A class
+        # that somebody put on top stays.
         cls = original if type(self) is fast else type(self)
         return object.__new__, (cls,), state_without_ours(self)
 
