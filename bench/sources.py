@@ -10,12 +10,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# What runs any spec on any backend.
+_ENGINE = (
+    "encoder_fast/engine.py",
+    "encoder_fast/fingerprints.py",
+    "encoder_fast/gaps.py",
+    "encoder_fast/onlookers.py",
+    "encoder_fast/packing.py",
+    "encoder_fast/position_tables.py",
+    "encoder_fast/spec.py",
+    "encoder_fast/weights.py",
+)
+
 # Everything that runs in a forward. Text handling, the command line and reports leave times alone.
 _PATTERNS = (
     *("kernels/*.py", "kernels/*.json", "csrc/**/*"),
     *("encoder_fast/backends/*.json", "encoder_fast/backends/*.py"),
     *("encoder_fast/ops/*.py", "encoder_fast/families/*.py"),
-    *("encoder_fast/engine.py", "encoder_fast/packing.py", "encoder_fast/weights.py"),
+    *_ENGINE,
     *("encoder_fast/graphs/*.py", "encoder_fast/patching/*.py", "encoder_fast/text/*.py"),
 )
 
@@ -76,11 +88,11 @@ _KERNELS = {
 def sources_of_op(op: str, backend: str) -> tuple[str, ...]:
     """Prefixes of the files behind one op on one backend."""
     files = [f"{backend}.py", "linears.py", "pooling.py"]
-    if backend == "cpu" and op in _CPU_FILES:
-        files.append(_CPU_FILES[op])
+    if backend == "cpu":
+        files += ["heap.py", "onednn.py", *([_CPU_FILES[op]] if op in _CPU_FILES else ())]
     own = [f"encoder_fast/backends/{name}" for name in files]
     if backend == "triton":
-        own += [f"kernels/{name}." for name in _KERNELS.get(op, ())]
+        own += [f"kernels/{name}." for name in (*_KERNELS.get(op, ()), "integers")]
     elif backend == "cuda":
         own += ["csrc/", "encoder_fast/backends/cuda_kernels.py"]
     return tuple(own)
@@ -88,12 +100,11 @@ def sources_of_op(op: str, backend: str) -> tuple[str, ...]:
 
 def sources_of_model(backend: str) -> tuple[str, ...]:
     """Prefixes of the files behind a whole model on one backend."""
-    engine = ("encoder_fast/engine.py", "encoder_fast/packing.py", "encoder_fast/weights.py")
     own = ("encoder_fast/backends/", "encoder_fast/ops/", "encoder_fast/patching/")
     if backend == "cpu":
-        names = ("cpu", "linears.py", "pooling.py")
+        names = ("cpu", "heap.py", "linears.py", "onednn.py", "pooling.py")
         own = (*(f"encoder_fast/backends/{name}" for name in names), "encoder_fast/patching/")
-    return *engine, *own, *(() if backend == "cpu" else ("kernels/", "csrc/"))
+    return *_ENGINE, *own, *(() if backend == "cpu" else ("kernels/", "csrc/"))
 
 
 def changed(prefixes: Iterable[str], then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def checksum_of_all(tensors: list[Tensor]) -> int:
 
 @functools.cache
 def _odd_numbers(count: int) -> Tensor:
-    return torch.arange(count).mul_(2).add_(1)
+    return torch.arange(count, device="cpu").mul_(2).add_(1)
 
 
 def _checksum_of(tensor: Tensor) -> int:

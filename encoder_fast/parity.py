@@ -160,7 +160,8 @@ def check_parity(
     Raises:
         ParityError: the rule is broken or the call fell back, and ``raise_on_failure`` is set.
         ValueError: the model is in training mode.
-        TypeError: the model is a container without a config, whose calls have another form.
+        TypeError: the model is a container without a config, whose calls have another form, or
+            ``inputs`` are no mapping.
         UnsupportedModelError: the model has no fast path.
     """
     module = root_module(model)
@@ -170,6 +171,11 @@ def check_parity(
         raise TypeError(
             f"check_parity calls a transformers model; give it the one inside the "
             f"{type(module).__name__}"
+        )
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            "inputs must be a call's arguments by name, as from a tokenizer with "
+            f"return_tensors='pt'; got a {type(inputs).__name__}"
         )
     call = {**inputs, "output_hidden_states": True, "return_dict": True}
     states = [

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import frozen_recorder
 import pytest
 import torch
 from berts import DEVICE, minilm_path, tiny
@@ -64,6 +65,20 @@ def test_same_embeddings(folder: str, mode: object, dtype: torch.dtype) -> None:
     row = compare("embeddings", after, before, exact)
     assert row.ok, row
     assert torch.equal(encode(encoder_fast.unpatch(model)), before)
+
+
+@pytest.mark.parametrize("mode", ["cls", ("max", "mean")], ids=str)
+def test_through_cuda_graphs(folder: str, mode: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen_recorder.install(monkeypatch)
+    model = build(folder, mode)
+    before, exact = encode(model), encode(copy.deepcopy(model).double())
+    encoder_fast.patch(model, "reference", cuda_graphs=True)
+    for _ in range(3):
+        row = compare("embeddings", encode(model), before, exact)
+        assert row.ok, row
+    assert pooled(model) == 3
+    graphs = encoder_fast.report(model).encoders[0].graphs
+    assert graphs is not None and (graphs.recorded, graphs.replayed) == (1, 2)
 
 
 def test_cls_computes_the_first_token_alone(folder: str, rows: list[int]) -> None:

@@ -6,6 +6,8 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 import torch
@@ -113,6 +115,36 @@ def test_unpatch_leaves_a_class_put_on_top() -> None:
     assert encoder_fast.report(model).encoders == ()
 
 
+def test_a_class_put_on_top_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = encoder_fast.patch(tiny())
+    on_top = type("OnTop", (type(model),), {"__module__": __name__})
+    monkeypatch.setitem(globals(), "OnTop", on_top)
+    model.__class__ = on_top
+    assert type(encoder_fast.patch(model)) is on_top
+    before = run(model)
+    for patched in (True, False):
+        clone, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert type(clone) is type(loaded) is on_top
+        assert agree(run(clone), before) and agree(run(loaded), before)
+        assert [e.fast_calls for e in encoder_fast.report(clone).encoders] == [1] * patched
+        encoder_fast.unpatch(model)
+
+
+def test_threads_that_patch_a_class_for_the_first_time() -> None:
+    class Slow(transformers.BertModel):
+        def __init_subclass__(cls) -> None:
+            time.sleep(0.05)  # so that both threads are making the class
+
+    models = [Slow(config()).eval() for _ in range(2)]
+    threads = [threading.Thread(target=encoder_fast.patch, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert type(models[0]) is type(models[1]) is not Slow
+    assert [type(encoder_fast.unpatch(model)) for model in models] == [Slow, Slow]
+
+
 def test_patching_again_replaces_the_options() -> None:
     model = encoder_fast.patch(encoder_fast.patch(tiny()), "reference", strict=True)
     run(model)
@@ -142,6 +174,15 @@ def test_the_class_makes_models_that_are_not_patched(tmp_path: object) -> None:
         assert type(copy.deepcopy(other)) is original
         assert encoder_fast.patch(other) is other
     assert type(mine(model.config)) is mine
+
+
+def test_a_pickle_of_the_class_is_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = type(encoder_fast.patch(tiny()))
+    on_top = type("OnTop", (cls,), {"__module__": __name__})
+    monkeypatch.setitem(globals(), "OnTop", on_top)
+    assert pickle.loads(pickle.dumps(cls)) is transformers.BertModel
+    assert pickle.loads(pickle.dumps(cls.from_pretrained)) == transformers.BertModel.from_pretrained
+    assert pickle.loads(pickle.dumps(on_top)) is on_top
 
 
 def test_load_state_dict_after_patching() -> None:
@@ -369,7 +410,9 @@ def test_a_missing_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_not_a_model() -> None:
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module or a pipeline, got str"):
+    with pytest.raises(
+        TypeError, match=r"a loaded torch\.nn\.Module or .*, got 'bert-base-uncased'"
+    ):
         encoder_fast.patch("bert-base-uncased")
 
 

@@ -9,6 +9,7 @@ import zoo
 from berts import DEVICE, inputs, tiny
 
 import encoder_fast
+from encoder_fast import fingerprints
 from encoder_fast.backends import why_not
 from encoder_fast.parity import compare
 
@@ -230,6 +231,18 @@ def test_positional_arguments() -> None:
     assert torch.equal(named, placed)
 
 
+@pytest.mark.parametrize("family", ["bert", "deberta_v2", "modernbert"])
+def test_another_default_device(family: str) -> None:
+    """It decides where tensors are made that say nothing else; the model's are none of them."""
+    model, call = zoo.build(family), {"input_ids": inputs("none")["input_ids"]}
+    with torch.inference_mode():
+        expected = encoder_fast.patch(model, strict=True)(**call)[0]
+        encoder_fast.patch(model, strict=True)
+        fingerprints._odd_numbers.cache_clear()
+        with torch.device("meta"):
+            assert torch.equal(model(**call)[0], expected)
+
+
 def test_parity_report_tells_what_was_not_proved() -> None:
     model, call = tiny(), inputs()
     call["attention_mask"] = call["attention_mask"] * 0.5
@@ -240,6 +253,8 @@ def test_parity_report_tells_what_was_not_proved() -> None:
         encoder_fast.check_parity(model, call, raise_on_failure=True)
     with pytest.raises(ValueError, match="eval mode"):
         encoder_fast.check_parity(model.train(), call)
+    with pytest.raises(TypeError, match=r"arguments by name.*; got a list"):
+        encoder_fast.check_parity(model.eval(), ["a text"])
 
 
 def test_a_broken_kernel_breaks_parity(monkeypatch: pytest.MonkeyPatch) -> None:

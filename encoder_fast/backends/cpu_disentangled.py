@@ -29,7 +29,7 @@ def disentangled_attention(
     max_seqlen: int,
     softmax_scale: float,
 ) -> Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     bounds = cu_seqlens.tolist()
     out[bounds[-1] :].zero_()
     longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
@@ -39,7 +39,7 @@ def disentangled_attention(
         # Few processors multiply float16; float32 is faster there, and more exact.
         q, k, v = q.float(), k.float(), v.float()
     reach = row_of_distance.shape[0] // 2
-    distance = torch.arange(1 - longest, longest).clamp_(-reach, reach)
+    distance = torch.arange(1 - longest, longest, device=q.device).clamp_(-reach, reach)
     rows = row_of_distance[distance + reach]
     by_key_offset = None if pos_key is None else _by_distance(pos_key, rows.flip(0), q.dtype)
     by_query_offset = None if pos_query is None else _by_distance(pos_query, rows, q.dtype)

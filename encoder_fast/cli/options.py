@@ -9,7 +9,7 @@ import typer
 
 LongText = Literal["truncate", "chunk", "error"]
 InputFormat = Literal["text", "csv", "jsonl", "parquet"]
-Backend = Literal["auto", "cpu", "triton", "reference"]
+Backend = Literal["auto", "cpu", "triton", "cuda", "reference"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 

@@ -21,7 +21,8 @@ def root_module(model: Any) -> nn.Module:
     inner = getattr(model, "model", None)
     if isinstance(inner, nn.Module):
         return inner
-    raise TypeError(f"expected a torch.nn.Module or a pipeline, got {type(model).__name__}")
+    got = repr(model) if isinstance(model, str | type) else f"a {type(model).__name__}"
+    raise TypeError(f"model must be a loaded torch.nn.Module or transformers pipeline, got {got}")
 
 
 def original_class(module: nn.Module) -> Any:

@@ -10,9 +10,11 @@ of that class is touched.
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
@@ -56,7 +58,8 @@ def patch(model: M, backend: str = "auto", *, cuda_graphs: bool = False, strict:
 
     Returns:
         The same object. Patching it again replaces the options and starts the counts anew. A deep
-        copy of it is patched; a pickle is not, and loads without encoder_fast.
+        copy of it is patched; a pickle, such as a worker process gets, is not, and loads without
+        encoder_fast.
 
     Raises:
         UnsupportedModelError: it holds no supported encoder, or one in a configuration that has no
@@ -133,7 +136,9 @@ def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> li
 
 def _install(module: nn.Module, state: State) -> None:
     module.__dict__[STATE] = state
-    module.__class__ = _fast_class(state.original, state.entry)
+    fast = _fast_class(state.original, state.entry)
+    if not isinstance(module, fast):  # as it is below a class that somebody put on top
+        module.__class__ = fast
 
 
 def _restore(module: nn.Module) -> None:
@@ -143,13 +148,21 @@ def _restore(module: nn.Module) -> None:
         module.__class__ = state.original
 
 
-@functools.cache
+# A cache alone lets two threads make two of one class, and unpatch knows the later one.
+_making = Lock()
+
+
 def _fast_class(original: Any, entry: str) -> Any:
     """The subclass that patched instances of ``original`` get; one for each class.
 
     Its method ``entry`` asks the state that an instance carries first.
     """
+    with _making:
+        return _make_fast_class(original, entry)
 
+
+@functools.cache
+def _make_fast_class(original: Any, entry: str) -> Any:
     @functools.wraps(getattr(original, entry))
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(STATE)
@@ -165,15 +178,18 @@ def _fast_class(original: Any, entry: str) -> Any:
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # A pickle holds the model as it was before: it loads without encoder_fast. The usual
-        # constructor of pickles insists on the object's own class, which this is not to be.
-        return object.__new__, (original,), state_without_ours(self)
+        # constructor of pickles insists on the object's own class, which this is not to be. A class
+        # that somebody put on top stays.
+        cls = original if type(self) is fast else type(self)
+        return object.__new__, (cls,), state_without_ours(self)
 
     def deepcopy(self: nn.Module, memo: dict) -> nn.Module:
         # A copy of a patched model is patched, with a state of its own.
-        clone = original.__new__(original)
+        clone = object.__new__(type(self))
         memo[id(self)] = clone
         clone.__setstate__(copy.deepcopy(state_without_ours(self), memo))
-        _install(clone, copy.deepcopy(self.__dict__[STATE], memo))
+        if STATE in self.__dict__:
+            clone.__dict__[STATE] = copy.deepcopy(self.__dict__[STATE], memo)
         return clone
 
     namespace = {
@@ -194,4 +210,11 @@ def _fast_class(original: Any, entry: str) -> Any:
     fast = type(meta.__name__, (meta,), {"__call__": make})(
         original.__name__, (original,), namespace
     )
+
+    def reduce(cls: Any) -> Any:
+        # A class by name, as ever; ours as the original, which is what a copy of it is. A process
+        # pool of sentence-transformers sends a class method of the model, and so its class.
+        return (copy.copy, (original,)) if cls is fast else cls.__qualname__
+
+    copyreg.pickle(type(fast), reduce)
     return fast

@@ -39,7 +39,7 @@ def whole_texts(vectors: Tensor, windows: list[Window], pooling: str) -> Tensor:
     The mean of the windows weighted by their own tokens, each of which counts once however many
     windows see it; with ``max`` pooling, the maximum of the windows, which is that of all tokens.
     """
-    texts = torch.tensor([window.text for window in windows], dtype=torch.int64)
+    texts = torch.tensor([window.text for window in windows], device=vectors.device)
     number = len(texts.unique())
     if number == len(windows):
         return vectors
