@@ -43,12 +43,13 @@ help: ## List these targets
 demo: $(VENV)/.demo ## Patch a real model: parity, throughput and a semantic search
 	@$(VENV)/bin/encoder-fast demo
 
+# A file a worker: its tests share what is dear to make. Those that compile come early.
 test: lint $(RXNFP) $(GENSIM) $(CUDA) ## Linters, types and the whole test suite
 	@ENCODER_FAST_TEST_WHEELS="$(abspath $(WHEELS))" OMP_NUM_THREADS=1 \
-		$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup
+		$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: cuda-in-tree ## The test suite from the tree, with the packages there are (ARGS=tests/…)
-	@workers=`$(PYTHON) -c "import xdist; print('-n $(GPU_JOBS) --dist loadgroup')" 2>/dev/null`; \
+	@workers=`$(PYTHON) -c "import xdist; print('-n $(GPU_JOBS) --dist loadfile --no-loadscope-reorder')" 2>/dev/null`; \
 		PYTHONPATH=. OMP_NUM_THREADS=2 \
 		$(PYTHON) -m pytest -p no:cacheprovider $$workers $(or $(ARGS),tests)
 

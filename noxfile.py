@@ -21,7 +21,7 @@ def run_tests(session: nox.Session, *versions: str, tests: tuple[str, ...] = ())
     session.run("python", "-m", "pip", "check")
     session.run(
         "python",
-        *("-m", "pytest", "-n", "2", "--dist", "loadgroup", *tests, *session.posargs),
+        *("-m", "pytest", "-n", "2", "--dist", "loadfile", *tests, *session.posargs),
         env={"OMP_NUM_THREADS": "1"},
     )
 

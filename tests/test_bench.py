@@ -40,8 +40,6 @@ from encoder_fast.parity import ParityRow
 MACHINE = find_machine(fake=True)
 RIGHT = ParityRow("out", 1e-7, 1e-7, 1e-7)
 
-pytestmark = pytest.mark.xdist_group("bench")
-
 
 def run(*words: str) -> str:
     result = CliRunner().invoke(app, list(words))

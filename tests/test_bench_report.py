@@ -27,8 +27,6 @@ from bench.workloads import Workload
 MACHINE = Machine(torch.device("cpu"), "Some Processor", 2)
 HALF, FULL = Workload("half", 16, 128), Workload("full", 16, 128)
 
-pytestmark = pytest.mark.xdist_group("bench")
-
 
 def row(suite: str, case: str, who: str, seconds: float, facts: dict, **more: object) -> record.Row:
     """A row whose samples spread by 2% on either side."""

@@ -29,9 +29,6 @@ from encoder_fast.cli.checkpoint import read_passages
 from encoder_fast.cli.demo import show
 from encoder_fast.cli.demo_run import Demo, DemoResult
 
-# One worker runs the demo for all tests of this file.
-pytestmark = pytest.mark.xdist_group("cli")
-
 # What each query's best passage must say.
 ANSWERS = ("two times", "name server", "warfarin", "evicted", "white dwarf")
 

@@ -20,8 +20,6 @@ from encoder_fast.cli.checkpoint import Checkpoint
 from encoder_fast.cli.measuring import BatchResult, Rounds, Timing, mixed_lengths, race
 from encoder_fast.parity import ParityReport
 
-pytestmark = pytest.mark.xdist_group("cli_models")
-
 FLOAT32 = ("--dtype", "float32")
 
 

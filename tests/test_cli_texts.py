@@ -26,7 +26,6 @@ from encoder_fast.text.runner import Runner
 from encoder_fast.text.vectors import quantise
 
 pytestmark = [
-    pytest.mark.xdist_group("cli_texts"),
     # of the encoder that the commands are compared with
     pytest.mark.filterwarnings("ignore:.* were cut"),
 ]

@@ -25,12 +25,6 @@ PRECISIONS = {
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
-# All of them take four minutes of a core: `pytest --every-launch`. Otherwise each configuration is
-# compiled for every architecture, at one head size of at most 64 and a wider one, which has
-# configurations of its own, and float32 in one of its two ways.
-SAMPLED_HEAD_DIMS = {80: (64, 128), 89: (32, 96), 90: (64, 96), 100: (16, 128)}
-SAMPLED_FLOAT32 = {80: "ieee", 89: "tf32", 90: "ieee", 100: "tf32"}
-
 # The configurations were chosen with this release, and there none may spill. In others ptxas saves
 # a few registers of one configuration or another, mostly in float32, to get one more block on a
 # multiprocessor: no choice of tiles is free of that in all of 3.4, 3.6 and 3.9.
@@ -97,25 +91,17 @@ def cases_for(arch: int, head_dim: int, dtype: str, precision: str) -> Iterator[
     yield case_of("local", tile, (local.num_warps, local.num_stages), *rest)
 
 
-def sampled(arch: int, head_dim: int, dtype: str, precision: str) -> bool:
-    if dtype == "fp32" and precision != SAMPLED_FLOAT32[arch]:
-        return False
-    return head_dim in SAMPLED_HEAD_DIMS[arch]
-
-
 Launches = list[tuple[CompileCase, CompileReport]]
 
 
 @pytest.fixture(scope="module")
-def launches(pytestconfig: pytest.Config) -> Launches:
+def launches() -> Launches:
     # In one go: starting a process that compiles costs as much as some cases.
-    everything = pytestconfig.getoption("--every-launch")
     cases = [
         case
         for arch in ARCHS
         for dtype, precision in PRECISIONS[arch]
         for head_dim in HEAD_DIMS
-        if everything or sampled(arch, head_dim, dtype, precision)
         for case in cases_for(arch, head_dim, dtype, precision)
     ]
     reports = compile_cases(cases)

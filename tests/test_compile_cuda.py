@@ -18,7 +18,7 @@ from encoder_fast.backends.cuda_kernels import HEAD_SIZES
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = extension()
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compile_cuda")]
+pytestmark = pytest.mark.slow
 needs_the_extension = pytest.mark.skipif(
     BUILT is None or cuobjdump() is None or shutil.which("c++filt") is None,
     reason="the extension encoder_fast._cuda, cuobjdump and c++filt are needed",

@@ -28,7 +28,6 @@ KEY_LOOP = re.compile(r"key_loop_kernel<KeyLoopTraits<(\w+), (\d+),")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("compile_cuda"),
     pytest.mark.skipif(
         shutil.which("nvcc") is None or cuobjdump() is None or shutil.which("c++filt") is None,
         reason="nvcc, cuobjdump and c++filt are needed",

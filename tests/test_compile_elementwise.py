@@ -84,7 +84,6 @@ def shortcomings(case: CompileCase, report: CompileReport) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compile_elementwise")
 @pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
 def test_shipped_configurations_fit_the_card(reports: dict[str, CompileReport], arch: int) -> None:
     wrong = [

@@ -105,7 +105,6 @@ def reports() -> dict[str, CompileReport]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compile_norms")
 @pytest.mark.parametrize("arch", ARCHS, ids="sm_{}".format)
 def test_shipped_configurations_fit_the_card(reports, arch):
     wrong = [
@@ -117,7 +116,6 @@ def test_shipped_configurations_fit_the_card(reports, arch):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compile_norms")
 def test_a_narrow_access_would_be_noticed(reports):
     (line,) = shortcomings(UNALIGNED, reports[UNALIGNED.name])
     assert "narrower than 16 bytes" in line

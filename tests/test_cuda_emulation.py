@@ -16,7 +16,6 @@ import torch
 
 reason = cuda_host_build.why_not()
 pytestmark = [
-    pytest.mark.xdist_group("cuda_emulation"),
     pytest.mark.skipif(reason is not None, reason=str(reason)),
 ]
 

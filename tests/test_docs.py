@@ -34,8 +34,6 @@ HEADS = {
     "cross-encoder/ms-marco-MiniLM-L6-v2": ("BertForSequenceClassification", 1),
 }
 
-pytestmark = pytest.mark.xdist_group("docs")
-
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:

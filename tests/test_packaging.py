@@ -25,9 +25,6 @@ import encoder_fast
 ROOT = Path(__file__).resolve().parents[1]
 NAME = f"encoder_fast-{encoder_fast.__version__}"
 
-# One worker builds and installs for all tests of this file.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 # What belongs to the project, whatever else lies in its folder; tests/, bench/ and docs/ are
 # copied to see that they stay out of what is built.
 SOURCES = (

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_packaging import build_tools, python, run, source, succeed
 
-pytestmark = [pytest.mark.xdist_group("packaging"), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 __all__ = ["build_tools", "source"]  # fixtures
 

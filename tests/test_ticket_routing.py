@@ -27,9 +27,6 @@ from examples.ticket_routing.stream import Measured
 from examples.ticket_routing.sweep import highest_held, is_held, rates_for
 from examples.ticket_routing.tickets import SAMPLE, Ticket, read_csv, read_sample, split
 
-# The tests share what the model has to be run for.
-pytestmark = pytest.mark.xdist_group("ticket_routing")
-
 
 def test_the_sample_is_marked_as_synthetic() -> None:
     rows = [json.loads(line) for line in SAMPLE.read_text("utf-8").splitlines()]
