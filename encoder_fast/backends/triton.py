@@ -17,6 +17,7 @@ from encoder_fast.backends.linears import (
     prepare_feed_forward,
     prepare_linear,
 )
+from encoder_fast.backends.masks import count_tokens, place_tokens
 from encoder_fast.backends.pooling import pool
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
@@ -30,11 +31,13 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "count_tokens",
     "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
     "linear_prepared",
+    "place_tokens",
     "pool",
     "prepare_feed_forward",
     "prepare_linear",
