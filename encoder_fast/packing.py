@@ -8,6 +8,9 @@ One kind of padding may be packed too, behind the tokens: the first column of a 
 padding, where somebody reads it. It attends to the row's tokens and no token attends to it; the
 code calls it an onlooker.
 
+What a mask says is read by the backend: plain PyTorch, some forty launches on a GPU, or Triton's
+kernels, three.
+
 Host synchronisation: one when the lengths have to be read from a mask on a GPU
 (:func:`read_mask`), none when there is no mask or when the lengths are given.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 from encoder_fast.backends.cuda_kernels import (
     DTYPES,
@@ -13,8 +14,14 @@ from encoder_fast.backends.cuda_kernels import (
     CudaKernels,
 )
 from encoder_fast.backends.linears import prepare_feed_forward, prepare_linear
-from encoder_fast.backends.masks import count_tokens, place_tokens
 from encoder_fast.backends.pooling import pool
+
+# The mask is nothing that CUDA C++ would read faster, so Triton's kernels do for this backend too.
+# It runs without Triton, which it needs for nothing else.
+if importlib.util.find_spec("triton") is None:
+    from encoder_fast.backends.masks import count_tokens, place_tokens
+else:
+    from encoder_fast.kernels.pack_mask import count_tokens, place_tokens
 
 __all__ = [
     "DTYPES",

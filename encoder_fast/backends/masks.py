@@ -1,4 +1,5 @@
-"""Reading a padding mask in plain PyTorch, on any device."""
+"""Reading a padding mask in plain PyTorch, on any device: some thirty operations, the oracle of the
+kernels that do it in two."""
 
 from __future__ import annotations
 

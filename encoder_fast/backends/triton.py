@@ -17,7 +17,6 @@ from encoder_fast.backends.linears import (
     prepare_feed_forward,
     prepare_linear,
 )
-from encoder_fast.backends.masks import count_tokens, place_tokens
 from encoder_fast.backends.pooling import pool
 from encoder_fast.kernels import add_layer_norm as add_layer_norm_kernel
 from encoder_fast.kernels import attention as attention_kernel
@@ -26,6 +25,7 @@ from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
 from encoder_fast.kernels import gated as gated_kernel
 from encoder_fast.kernels import local_attention as local_attention_kernel
 from encoder_fast.kernels import rotary as rotary_kernel
+from encoder_fast.kernels.pack_mask import count_tokens, place_tokens
 
 __all__ = [
     "add_layer_norm",
