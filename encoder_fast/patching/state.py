@@ -449,5 +449,5 @@ def _positions(call: Arguments, padding_idx: int | None, batch: PackedBatch) -> 
     if call.input_ids is None:
         return batch.columns() + (padding_idx + 1)
     # RoBERTa goes by the ids and not by the mask: the two differ where a mask has holes.
-    counted = (call.input_ids != padding_idx).long()
+    counted = call.input_ids != padding_idx
     return batch.pack(counted.cumsum(dim=1) * counted + padding_idx)
