@@ -8,6 +8,9 @@ One kind of padding may be packed too, behind the tokens: the first column of a 
 padding, where somebody reads it. It attends to the row's tokens and no token attends to it; the
 code calls it an onlooker.
 
+What a mask says is read by the backend: plain PyTorch, some forty launches on a GPU, or Triton's
+kernels, three.
+
 Host synchronisation: one when the lengths have to be read from a mask on a GPU
 (:func:`read_mask`), none when there is no mask or when the lengths are given.
 """
@@ -20,6 +23,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from encoder_fast.backends import load
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,8 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class MaskFacts:
-    """What the host has to know of a mask: read in one transfer by :func:`read_mask`.
+    """What :func:`read_mask` found: what the host has to know of a mask, in one transfer, and what
+    stays on the device for :func:`pack`.
 
     Attributes:
         total: the number of ones.
@@ -131,6 +137,8 @@ class MaskFacts:
         has_gaps: in some row a zero lies between two ones.
         ids_in_range: the id of every token, and every onlooker if there are to be any, is within
             the range asked about.
+        lengths: integers ``(B,)``, the ones of each row.
+        headless_rows: boolean ``(B,)``, which rows are headless.
     """
 
     total: int
@@ -139,6 +147,8 @@ class MaskFacts:
     headless: int
     has_gaps: bool
     ids_in_range: bool
+    lengths: Tensor
+    headless_rows: Tensor
 
 
 def read_mask(
@@ -147,40 +157,40 @@ def read_mask(
     vocab_size: int = 0,
     *,
     onlookers: bool = False,
+    backend: str = "reference",
 ) -> MaskFacts:
     """Read all the host needs of a ``(B, S)`` mask in one device-to-host transfer.
 
-    With ``input_ids`` it also checks, in the same transfer, that the real tokens' ids, and with
-    ``onlookers`` those in column 0 of rows that begin with padding, lie in ``[0, vocab_size)``: on
-    a GPU a wrong id otherwise kills the CUDA context.
+    With ``input_ids``, ``(B, S)`` too, it also checks, in the same transfer, that the real tokens'
+    ids, and with ``onlookers`` those in column 0 of rows that begin with padding, lie in
+    ``[0, vocab_size)``: on a GPU a wrong id otherwise kills the CUDA context.
     """
     if mask.numel() == 0:
-        return MaskFacts(0, 0, True, 0, False, True)
-    valid = mask != 0
-    lengths = valid.sum(dim=1)
-    headless = _headless(valid)
-    # A row's ones are one run unless a one follows a zero more than once.
-    runs = valid[:, 0] + (valid[:, 1:] & ~valid[:, :-1]).sum(dim=1)
-    parts = [lengths.sum(), lengths.max(), headless.sum(), (runs > 1).any().long()]
-    if mask.dtype != torch.bool:
-        parts.append((valid & (mask != 1)).any().long())
-    if input_ids is not None:
-        outside = (input_ids < 0) | (input_ids >= vocab_size)
-        wrong = (valid & outside).any()
-        if onlookers:
-            wrong |= (headless & outside[:, 0]).any()
-        parts.append(wrong.long())
-    total, longest, n_headless, has_gaps, *faults = torch.stack(parts).tolist()
-    in_range = input_ids is None or not faults.pop()
-    return MaskFacts(total, longest, not any(faults), n_headless, bool(has_gaps), in_range)
+        none = torch.zeros(mask.shape[0], dtype=torch.int32, device=mask.device)
+        return MaskFacts(0, 0, True, 0, False, True, none, none.bool())
+    facts, lengths, headless_rows = load(backend).count_tokens(
+        mask, input_ids, vocab_size, onlookers
+    )
+    total, longest, headless, has_gaps, other_values, outside = facts.tolist()
+    return MaskFacts(
+        total,
+        longest,
+        not other_values,
+        headless,
+        bool(has_gaps),
+        not outside,
+        lengths,
+        headless_rows,
+    )
 
 
-def _headless(valid: Tensor) -> Tensor:
-    """Which rows of a boolean mask have a token, but none in column 0."""
-    return valid.any(dim=1) & ~valid[:, 0]
-
-
-def pack(mask: Tensor, facts: MaskFacts | None = None, *, onlookers: bool = False) -> PackedBatch:
+def pack(
+    mask: Tensor,
+    facts: MaskFacts | None = None,
+    *,
+    onlookers: bool = False,
+    backend: str = "reference",
+) -> PackedBatch:
     """Pack by a padding mask.
 
     Args:
@@ -188,6 +198,7 @@ def pack(mask: Tensor, facts: MaskFacts | None = None, *, onlookers: bool = Fals
             the right, on the left or anywhere between; rows without a token are fine.
         facts: what :func:`read_mask` found of this mask, where the caller has it already.
         onlookers: also pack column 0 of the rows that begin with padding and have a token.
+        backend: whose kernels read the mask; all give the same.
 
     Raises:
         ValueError: the mask is not two-dimensional, or holds values other than 0 and 1.
@@ -195,19 +206,19 @@ def pack(mask: Tensor, facts: MaskFacts | None = None, *, onlookers: bool = Fals
     if mask.dim() != 2:
         raise ValueError(f"mask must have shape (B, S), got {tuple(mask.shape)}")
     if facts is None:
-        facts = read_mask(mask)
+        facts = read_mask(mask, backend=backend)
     if not facts.is_binary:
         raise ValueError("mask must hold 0 and 1 only")
     batch_size, padded_length = mask.shape
     if facts.total == mask.numel():
         return pack_full(batch_size, padded_length, mask.device)
-    valid = mask != 0
-    cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=mask.device)
-    torch.cumsum(valid.sum(dim=1), dim=0, out=cu_seqlens[1:])
-    indices, rows = _places_of_ones(valid.reshape(-1), facts.total), None
-    if onlookers and facts.headless:
-        rows = _places_of_ones(_headless(valid), facts.headless)
-        indices = torch.cat([indices, rows * padded_length])
+    cu_seqlens, indices, onlooker_rows = load(backend).place_tokens(
+        mask,
+        facts.lengths,
+        facts.headless_rows,
+        facts.total,
+        facts.headless if onlookers else 0,
+    )
     return PackedBatch(
         cu_seqlens,
         facts.max_seqlen,
@@ -215,18 +226,9 @@ def pack(mask: Tensor, facts: MaskFacts | None = None, *, onlookers: bool = Fals
         batch_size,
         padded_length,
         indices,
-        rows,
+        onlooker_rows,
         facts.has_gaps,
     )
-
-
-def _places_of_ones(flags: Tensor, count: int) -> Tensor:
-    """int64 ``(count,)``: where a boolean vector of that many ones has them, in order."""
-    # The slot of each one is the count of ones before it. Zeros are sent to one slot past the end.
-    # Unlike nonzero, this needs no host wait for the size.
-    slots = torch.where(flags, flags.cumsum(0) - 1, count)
-    places = torch.arange(flags.numel(), device=flags.device)
-    return places.new_zeros(count + 1).scatter_(0, slots, places)[:count]
 
 
 def pack_full(batch_size: int, padded_length: int, device: torch.device | str) -> PackedBatch:

@@ -7,12 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from encoder_fast.backends import why_not
 from encoder_fast.onlookers import Onlookers
 from encoder_fast.packing import pack, pack_full, pack_lengths, read_mask
 
+# Where masks are read in different ways.
+BACKENDS = [n for n in ("reference", "triton") if why_not(n, torch.device(DEVICE)) is None]
 
-def check(mask: Tensor) -> None:
-    batch = pack(mask)
+
+def check(mask: Tensor, backend: str = "reference") -> None:
+    batch = pack(mask, backend=backend)
     valid = mask != 0
     padded = torch.randn(*mask.shape, 3, device=mask.device)
     packed = batch.pack(padded)
@@ -26,12 +30,12 @@ def check(mask: Tensor) -> None:
     torch.testing.assert_close(restored, padded * valid[..., None], rtol=0, atol=0)
     columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)[valid]
     assert batch.columns().tolist() == columns.tolist()
-    check_onlookers(mask, padded)
+    check_onlookers(mask, padded, backend)
 
 
-def check_onlookers(mask: Tensor, padded: Tensor) -> None:
+def check_onlookers(mask: Tensor, padded: Tensor, backend: str) -> None:
     """Column 0 of rows that begin with padding comes behind the tokens, if it is asked for."""
-    batch, valid = pack(mask, onlookers=True), mask != 0
+    batch, valid = pack(mask, onlookers=True, backend=backend), mask != 0
     rows = [row for row in range(mask.shape[0]) if valid[row].any() and not valid[row, 0]]
     if not rows:
         assert batch.onlooker_rows is None
@@ -49,6 +53,7 @@ def check_onlookers(mask: Tensor, padded: Tensor) -> None:
     assert torch.equal(batch.first_tokens(packed)[some], padded[some, 0])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32, torch.int32])
 @pytest.mark.parametrize(
     "rows",
@@ -61,8 +66,8 @@ def check_onlookers(mask: Tensor, padded: Tensor) -> None:
         pytest.param(["1111", "1111"], id="full"),
     ],
 )
-def test_any_mask(rows: list[str], dtype: torch.dtype) -> None:
-    check(torch.tensor([[int(c) for c in row] for row in rows]).to(DEVICE, dtype))
+def test_any_mask(rows: list[str], dtype: torch.dtype, backend: str) -> None:
+    check(torch.tensor([[int(c) for c in row] for row in rows]).to(DEVICE, dtype), backend)
 
 
 @settings(max_examples=200, deadline=None)
@@ -72,10 +77,13 @@ def test_random_masks(data: st.DataObject, batch: int, length: int) -> None:
     check(torch.tensor(bits, dtype=torch.bool).view(batch, length))
 
 
-def test_no_rows() -> None:
-    batch = pack(torch.ones(0, 5))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_or_no_columns(backend: str) -> None:
+    batch = pack(torch.ones(0, 5, device=DEVICE), backend=backend)
     assert (batch.total, batch.max_seqlen, batch.cu_seqlens.tolist()) == (0, 0, [0])
     assert batch.unpack(torch.zeros(0, 4)).shape == (0, 5, 4)
+    batch = pack(torch.ones(2, 0, device=DEVICE), backend=backend)
+    assert (batch.total, batch.max_seqlen, batch.cu_seqlens.tolist()) == (0, 0, [0, 0, 0])
 
 
 @settings(max_examples=100, deadline=None)
@@ -149,13 +157,14 @@ def test_host_waits_at_most_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_the_device_is_waited_for_at_most_once() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_device_is_waited_for_at_most_once(backend: str) -> None:
     mask = torch.tensor([[0, 0, 1], [1, 1, 0]], device="cuda")
-    facts = read_mask(mask)  # the one wait
+    facts = read_mask(mask, backend=backend)  # the one wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch = pack(mask, facts, onlookers=True)
+        batch = pack(mask, facts, onlookers=True, backend=backend)
         onlookers = Onlookers.of(batch)
         assert onlookers is not None
         qkv = batch.pack(torch.ones(2, 3, 3, 2, 16, device="cuda"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 from encoder_fast.backends.cuda_kernels import (
     DTYPES,
@@ -15,6 +16,13 @@ from encoder_fast.backends.cuda_kernels import (
 from encoder_fast.backends.linears import prepare_feed_forward, prepare_linear
 from encoder_fast.backends.pooling import pool
 
+# The mask is nothing that CUDA C++ would read faster, so Triton's kernels do for this backend too.
+# It runs without Triton, which it needs for nothing else.
+if importlib.util.find_spec("triton") is None:
+    from encoder_fast.backends.masks import count_tokens, place_tokens
+else:
+    from encoder_fast.kernels.pack_mask import count_tokens, place_tokens
+
 __all__ = [
     "DTYPES",
     "DTYPES_OF_OP",
@@ -24,10 +32,12 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "count_tokens",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
     "linear_prepared",
+    "place_tokens",
     "pool",
     "prepare_feed_forward",
     "prepare_linear",

@@ -16,6 +16,7 @@ from encoder_fast.backends.cuda_kernels import (
     CudaKernels,
 )
 from encoder_fast.backends.linears import prepare_feed_forward, prepare_linear
+from encoder_fast.backends.masks import count_tokens, place_tokens
 from encoder_fast.backends.pooling import pool
 
 __all__ = [
@@ -27,10 +28,12 @@ __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "count_tokens",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
     "linear_prepared",
+    "place_tokens",
     "pool",
     "prepare_feed_forward",
     "prepare_linear",

@@ -17,10 +17,12 @@ MAX_WIDTH = _TRITON.MAX_WIDTH
 DTYPES = _TRITON.DTYPES
 RECORDABLE = _TRITON.RECORDABLE
 
+count_tokens = _TRITON.count_tokens
 disentangled_attention = _TRITON.disentangled_attention
 feed_forward_prepared = _TRITON.feed_forward_prepared
 linear = _TRITON.linear
 linear_prepared = _TRITON.linear_prepared
+place_tokens = _TRITON.place_tokens
 pool = _TRITON.pool
 prepare_feed_forward = _TRITON.prepare_feed_forward
 prepare_linear = _TRITON.prepare_linear

@@ -19,16 +19,19 @@ from encoder_fast.backends.linears import (
     prepare_feed_forward,
     prepare_linear,
 )
+from encoder_fast.backends.masks import count_tokens, place_tokens
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "count_tokens",
     "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
     "linear_prepared",
+    "place_tokens",
     "pool",
     "prepare_feed_forward",
     "prepare_linear",

@@ -25,16 +25,19 @@ from encoder_fast.kernels import embed_layer_norm as embed_layer_norm_kernel
 from encoder_fast.kernels import gated as gated_kernel
 from encoder_fast.kernels import local_attention as local_attention_kernel
 from encoder_fast.kernels import rotary as rotary_kernel
+from encoder_fast.kernels.pack_mask import count_tokens, place_tokens
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
+    "count_tokens",
     "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
     "linear_prepared",
+    "place_tokens",
     "pool",
     "prepare_feed_forward",
     "prepare_linear",

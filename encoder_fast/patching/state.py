@@ -245,7 +245,7 @@ class EncoderState:
         if like.dtype not in load(backend).DTYPES:
             raise NotFastError(f"dtype {like.dtype} on backend {backend}")
         shape = _check_tensors(call, like)
-        batch = _pack(call, shape, spec, reads_first=reads_first)
+        batch = _pack(call, shape, spec, backend, reads_first=reads_first)
         if batch.onlooker_rows is not None and _leaves_padding_out(model.config):
             raise NotFastError(
                 "a pooler or head over a padded first column (left padding), and flash attention, "
@@ -398,7 +398,12 @@ def _check_tensors(call: Arguments, like: Tensor) -> tuple[int, int]:
 
 
 def _pack(
-    call: Arguments, shape: tuple[int, int], spec: EncoderSpec, *, reads_first: bool
+    call: Arguments,
+    shape: tuple[int, int],
+    spec: EncoderSpec,
+    backend: str,
+    *,
+    reads_first: bool,
 ) -> PackedBatch:
     # Of embeddings there is none to skip: their positions count all columns.
     skips_padding = spec.embeddings.position_padding_idx is not None and call.input_ids is not None
@@ -413,7 +418,7 @@ def _pack(
     vocab_size = spec.embeddings.word.weight.shape[0]
     # On the CPU the lookup itself checks the ids.
     ids = call.input_ids if mask.device.type != "cpu" else None
-    facts = read_mask(mask, ids, vocab_size, onlookers=reads_first)
+    facts = read_mask(mask, ids, vocab_size, onlookers=reads_first, backend=backend)
     if not facts.is_binary:
         raise NotFastError("an attention_mask with values other than 0 and 1")
     if not facts.ids_in_range:
@@ -426,7 +431,7 @@ def _pack(
     if skips_padding:
         _check_length(call, facts.max_seqlen, spec)
     # Where column 0 is padding, the original pools what a padding token there sees of the text.
-    return pack(mask, facts, onlookers=reads_first)
+    return pack(mask, facts, onlookers=reads_first, backend=backend)
 
 
 def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:
@@ -444,5 +449,5 @@ def _positions(call: Arguments, padding_idx: int | None, batch: PackedBatch) -> 
     if call.input_ids is None:
         return batch.columns() + (padding_idx + 1)
     # RoBERTa goes by the ids and not by the mask: the two differ where a mask has holes.
-    counted = (call.input_ids != padding_idx).long()
+    counted = call.input_ids != padding_idx
     return batch.pack(counted.cumsum(dim=1) * counted + padding_idx)
