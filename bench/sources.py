@@ -102,7 +102,7 @@ def sources_of_model(backend: str) -> tuple[str, ...]:
     """Prefixes of the files behind a whole model on one backend."""
     own = ("encoder_fast/backends/", "encoder_fast/ops/", "encoder_fast/patching/")
     if backend == "cpu":
-        names = ("cpu", "heap.py", "linears.py", "onednn.py", "pooling.py")
+        names = ("cpu", "heap.py", "linears.py", "masks.py", "onednn.py", "pooling.py")
         own = (*(f"encoder_fast/backends/{name}" for name in names), "encoder_fast/patching/")
     return *_ENGINE, *own, *(() if backend == "cpu" else ("kernels/", "csrc/"))
 
