@@ -79,6 +79,9 @@ def count_tokens_kernel(
         o_s = i_s + tl.arange(0, BLOCK_S)[None, :]
         o_col = o_s.to(tl.int64)
         b_value = tl.load(p_mask + o_col * stride_mask_col, mask=m_b & (o_s < S), other=0)
+        if p_mask.dtype.element_ty == tl.bfloat16:
+            # The interpreter of Triton 3.9 compares its bits, and so takes -0.0 for a token.
+            b_value = b_value.to(tl.float32)
         # NaN counts as a token here and is refused for its value, as PyTorch's comparisons have it.
         b_valid = b_value != 0
         b_count += b_valid.to(tl.int32)
@@ -155,7 +158,10 @@ def place_tokens_kernel(
     for i_s in range(0, S, BLOCK_S):
         o_s = (i_s + tl.arange(0, BLOCK_S)[None, :]).to(tl.int64)
         m_s = m_b[:, None] & (o_s < S)
-        b_valid = tl.load(p_mask + o_s * stride_mask_col, mask=m_s, other=0) != 0
+        b_value = tl.load(p_mask + o_s * stride_mask_col, mask=m_s, other=0)
+        if p_mask.dtype.element_ty == tl.bfloat16:
+            b_value = b_value.to(tl.float32)  # as above
+        b_valid = b_value != 0
         b_one = b_valid.to(tl.int32)
         o_token = b_slot[:, None] + tl.cumsum(b_one, axis=1) - b_one
         tl.store(p_indices + o_token, o_row[:, None] * S + o_s, mask=b_valid)
