@@ -1,8 +1,8 @@
 // What CUDA C++ has no word for: each function here is one PTX instruction, or a few.
 //
-// No other file holds inline PTX. Each function has two bodies: PTX for the device, and with
-// ENCODER_FAST_HOST a call of the emulation in tests/cuda_host/emulation.h, so that g++ can compile
-// the same kernels for a CPU. To keep a kernel compilable there:
+// No other file holds inline PTX, which is why this one is long. Each function has two bodies: PTX
+// for the device, and with ENCODER_FAST_HOST a call of the emulation in tests/cuda_host/emulation.h,
+// so that g++ can compile the same kernels for a CPU. To keep a kernel compilable there:
 //
 // - Shared memory is dynamic and addressed in bytes: `shared_memory()` is the first address, and
 //   `load_shared<uint4>(address)`, `store_shared(address, value)`, `ldmatrix_x4`, `cp_async` take

@@ -1,12 +1,14 @@
-"""Commands run in this process, and small models on disk for them."""
+"""Commands run in this process, and small models and inputs on disk for them."""
 
 import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from berts import tiny
 
 from encoder_fast.cli import main
@@ -42,3 +44,27 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     message = capsys.readouterr().err
     assert message.startswith("encoder-fast: ") and message.count("\n") == 1, message
     return message
+
+
+# The fourth is longer than the model takes; the last is empty.
+TEXTS = ["a b c", "d, e", 'f "g" h', "x " * 60, "ü ß 東", "a", "h e l l o", "t e n", "i", ""]
+BLOCK = ("--block-size", 4)
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "encoder")
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(text + "\n" for text in TEXTS), "utf-8")
+    return path

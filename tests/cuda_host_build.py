@@ -56,7 +56,7 @@ def build(module: str, *sources: Path) -> ModuleType:
     command += [f"-I{sysconfig.get_paths()['include']}"]
     ingredients = hashlib.sha256(" ".join([sys.version, pybind11.__version__, *command]).encode())
     headers = (path for folder in (ROOT / "csrc", EMULATION) for path in folder.rglob("*.*h"))
-    units = (EMULATION / "emulation.cpp", *sources)
+    units = (*sorted(EMULATION.glob("*.cpp")), *sources)
     for path in (*sorted(headers), *units):
         ingredients.update(path.read_bytes())
 

@@ -15,9 +15,7 @@ import pytest
 import torch
 
 reason = cuda_host_build.why_not()
-pytestmark = [
-    pytest.mark.skipif(reason is not None, reason=str(reason)),
-]
+pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
 @pytest.fixture(scope="module")

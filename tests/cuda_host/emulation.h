@@ -12,8 +12,8 @@
 //
 // Shared memory starts as NaN. A cp.async lands when it is waited for, never earlier.
 //
-// To use: compile the kernels and emulation.cpp as C++17 with -DENCODER_FAST_HOST and this folder on
-// the include path; `allow` each operand, `launch` (csrc/launch.cuh), `forbid_all`.
+// To use: compile the kernels and this folder's .cpp files as C++17 with -DENCODER_FAST_HOST and the
+// folder on the include path; `allow` each operand, `launch` (csrc/launch.cuh), `forbid_all`.
 
 #pragma once
 
