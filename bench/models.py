@@ -144,6 +144,21 @@ SIZES = {
             cpu_layers=3,
             sdpa=False,
         ),
+        # RoBERTa's layers, under classes of their own; with RoBERTa's words, for more take no time.
+        Size(
+            "XLM-RoBERTa-base",
+            "XLMRobertaConfig",
+            {**_BASE, **_ROBERTA_LIKE},
+            layers=12,
+            cpu_layers=3,
+        ),
+        Size(
+            "CamemBERT-base",
+            "CamembertConfig",
+            {**_BASE, **_ROBERTA_LIKE},
+            layers=12,
+            cpu_layers=3,
+        ),
         # Its 250,880 words would take 2.6 GB for each contestant, and no time.
         Size(
             "XLM-RoBERTa-XL",

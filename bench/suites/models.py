@@ -128,7 +128,8 @@ def _cpu_grid(machine: Machine, quick: bool) -> Iterator[ModelCase]:
     for size, dtype in product((small, base), machine.dtypes):
         yield ModelCase(size, full, dtype, exported=True)
     rarer = [
-        SIZES[name] for name in ("ELECTRA-base", "ALBERT-base", "DeBERTa-base", "XLM-RoBERTa-XL")
+        *(SIZES[name] for name in ("ELECTRA-base", "ALBERT-base", "DeBERTa-base")),
+        *(SIZES[name] for name in ("XLM-RoBERTa-XL", "XLM-RoBERTa-base", "CamemBERT-base")),
     ]
     family = [size for size in SIZES.values() if size not in (small, base, large, *rarer)]
     for size in family:
