@@ -25,7 +25,9 @@ SOURCES := bench encoder_fast examples kernels tests conftest.py noxfile.py setu
 # The CUDA extension is tested where its compiler is, with or without a GPU.
 NVCC         := $(shell command -v nvcc || ls $(CUDA_HOME:%=%/bin/nvcc) /usr/local/cuda/bin/nvcc 2>/dev/null)
 CUDA         := $(if $(NVCC),$(VENV)/.cuda)
-CUDA_SOURCES := $(shell find csrc -type f)
+CUDA_SOURCES := $(shell find csrc -type f -not -path "csrc/cpu/*")
+# What every install compiles, where there is a C++ compiler.
+CPU_SOURCES  := $(shell find csrc/cpu -type f)
 # Real BERT weights for the parity tests, read out of the wheel; installing it would pull old pins.
 RXNFP        := $(WHEELS)/rxnfp-0.1.0-py3-none-any.whl
 RXNFP_SHA256 := c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf
@@ -86,7 +88,7 @@ build: $(VENV)/.test ## Source distribution and wheel, in dist/
 
 clean: ## Remove builds and caches
 	rm -rf build dist encoder_fast.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -rf encoder_fast/_cuda*.so $(VENV)/.cuda
+	rm -rf encoder_fast/_c*.so $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.cuda
 
 distclean: clean ## Remove the environments and downloads too
 	rm -rf .venv .nox .cache
@@ -138,23 +140,23 @@ except PackageNotFoundError:
 endef
 export PIN_TORCH
 
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(CPU_SOURCES)
 	@echo "encoder_fast: installing the package and what the demo needs"
 	@$(PIP) install -c $(VENV)/constraints.txt -e ".[demo]"
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py $(CPU_SOURCES)
 	@echo "encoder_fast: installing the package and what the tests need"
 	@$(PIP) install -c $(VENV)/constraints.txt -e ".[demo,test,dev]"
 	@touch $(VENV)/.demo $@
 
 $(VENV)/.cuda: $(VENV)/.test setup.py $(CUDA_SOURCES)
 	@echo "encoder_fast: compiling the CUDA extension (two minutes on two cores the first time)"
-	@PATH="$(abspath $(VENV))/bin:$$PATH" ENCODER_FAST_BUILD_CUDA=1 \
+	@PATH="$(abspath $(VENV))/bin:$$PATH" ENCODER_FAST_BUILD_CUDA=1 ENCODER_FAST_BUILD_CPU=0 \
 		$(VENV)/bin/python setup.py -q build_ext --inplace
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.bench: $(VENV)/.torch pyproject.toml setup.py $(CPU_SOURCES)
 	@echo "encoder_fast: installing the package and the peers that it is measured against"
 	@$(PIP) install -c $(VENV)/constraints.txt -e ".[bench]"
 	@touch $@

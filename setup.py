@@ -5,16 +5,22 @@ The kernels lie in `kernels/` at the top of the repository and are imported as
 `__init__.py`: as a package it would hide the distribution `kernels`, which transformers imports.
 setuptools finds no package without `__init__.py`, so this one is named here.
 
-Where there is nvcc, ninja builds the CUDA extension `encoder_fast._cuda` from `csrc/`. It needs a
-C++ compiler and Python's headers besides, neither torch nor a GPU. By environment variable:
+ninja builds two extensions, where there is what they take: Python's headers, a C++ compiler and
 
-- `ENCODER_FAST_BUILD_CUDA`: 1 makes it an error that one of these is missing, 0 builds none.
+- for `encoder_fast._cpu`, from `csrc/cpu/`, a processor of x86-64;
+- for `encoder_fast._cuda`, from all else in `csrc/`, nvcc. It takes no GPU.
+
+Neither takes torch. By environment variable:
+
+- `ENCODER_FAST_BUILD_CPU`, `ENCODER_FAST_BUILD_CUDA`: 1 makes it an error that something is missing
+  or that the build fails, 0 builds none.
 - `ENCODER_FAST_CUDA_ARCHS`: what to compile for, by default "80 90a". The first is kept as PTX
   too, from which the driver of a later GPU makes what it needs.
 - `MAX_JOBS`: compilers at a time, by default as many as there are processors.
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -25,9 +31,20 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
+CPU = CSRC / "cpu"
 ARCHS = "80 90a"
+
+# What the files of csrc/cpu/ that hold the kernels of one instruction set are compiled for.
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+INSTRUCTIONS = {
+    "isa_avx2": AVX2,
+    "isa_avx512": AVX512,
+    "isa_avx512_bf16": f"{AVX512} -mavx512bf16",
+}
 
 
 def find_nvcc() -> str | None:
@@ -42,9 +59,7 @@ def find_nvcc() -> str | None:
 
 
 def missing() -> str | None:
-    """What keeps the CUDA extension from being built here."""
-    if find_nvcc() is None:
-        return "nvcc is neither in CUDA_HOME nor on PATH"
+    """What keeps any extension from being built here."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         return "there is no C++ compiler"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
@@ -56,20 +71,43 @@ def missing() -> str | None:
     return None
 
 
-def extensions() -> list[Extension]:
-    wanted = os.environ.get("ENCODER_FAST_BUILD_CUDA", "")
+def missing_for_cpu() -> str | None:
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return f"its kernels are for Linux on x86-64, not {sys.platform} on {platform.machine()}"
+    return missing()
+
+
+def missing_for_cuda() -> str | None:
+    if find_nvcc() is None:
+        return "nvcc is neither in CUDA_HOME nor on PATH"
+    return missing()
+
+
+def extension(name: str, title: str, folder: Path, reason: str | None) -> list[Extension]:
+    """The extension of a folder; none where it is not wanted, or something is missing."""
+    variable = f"ENCODER_FAST_BUILD_{title}"
+    wanted = os.environ.get(variable, "")
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"ENCODER_FAST_BUILD_CUDA must be 0 or 1, got {wanted!r}")
-    reason = missing()
+        raise SystemExit(f"{variable} must be 0 or 1, got {wanted!r}")
     if wanted == "1" and reason is not None:
-        raise SystemExit(f"ENCODER_FAST_BUILD_CUDA=1, but {reason}")
+        raise SystemExit(f"{variable}=1, but {reason}")
     if reason is not None and "build_ext" in sys.argv:
-        print(f"encoder_fast: no CUDA extension, for {reason}")
+        print(f"encoder_fast: no {title} extension, for {reason}")
     if wanted == "0" or reason is not None:
         return []
-    sources = sorted(p.as_posix() for p in CSRC.rglob("*") if p.suffix in (".cu", ".cpp"))
-    headers = sorted(p.as_posix() for p in CSRC.rglob("*") if p.suffix in (".cuh", ".h"))
-    return [Extension("encoder_fast._cuda", sources, depends=headers)]
+    files = [path for path in folder.rglob("*") if folder == CPU or CPU not in path.parents]
+    sources = sorted(p.as_posix() for p in files if p.suffix in (".cu", ".cpp"))
+    headers = sorted(p.as_posix() for p in files if p.suffix in (".cuh", ".h"))
+    # A compiler too old for the CPU's instructions costs speed alone.
+    optional = title == "CPU" and wanted != "1"
+    return [Extension(name, sources, depends=headers, optional=optional)]
+
+
+def extensions() -> list[Extension]:
+    return [
+        *extension("encoder_fast._cpu", "CPU", CPU, missing_for_cpu()),
+        *extension("encoder_fast._cuda", "CUDA", CSRC, missing_for_cuda()),
+    ]
 
 
 def architectures() -> list[str]:
@@ -86,57 +124,72 @@ def architectures() -> list[str]:
     return [*flags, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}"]
 
 
-def ninja_file(nvcc: str, sources: list[str], target: Path) -> str:
-    """Compile each source by itself, so that they run side by side; then link."""
+def ninja_file(sources: list[str], target: Path, nvcc: str | None) -> str:
+    """Compile each source by itself, so that they run side by side; then link.
+
+    Args:
+        nvcc: `None` for what no CUDA source is in. OpenMP's functions then stay undefined: they
+            come from the library that PyTorch has loaded.
+    """
     import pybind11
 
     root = Path.cwd()
+    cxx = os.environ.get("CXX", "c++")
     includes = [root / CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    # The bindings name no CUDA header and take no kernel: g++ alone compiles them.
-    host = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
-    device = ["-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-    lines = [
-        "ninja_required_version = 1.5",
-        f"nvcc = {nvcc}",
-        f"host = {' '.join(host)} {' '.join(f'-I{path}' for path in includes)}",
-        f"device = {' '.join([*device, *architectures()])} -I{root / CSRC}",
-        "rule cu",
-        "  command = $nvcc $device -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
+    host = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    # Where nvcc compiles the kernels, the bindings are all that is left for g++.
+    host += ["-O2"] if nvcc else ["-O3", "-fopenmp"]
+    link = f"{cxx} -shared"
+    lines = ["ninja_required_version = 1.5"]
+    if nvcc:
+        device = ["-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        link = f"{nvcc} -shared --cudart=static {' '.join(architectures())}"
+        lines += [
+            "rule cu",
+            f"  command = {nvcc} {' '.join([*device, *architectures()])} -I{root / CSRC} "
+            "-MD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+    lines += [
         "rule cpp",
-        f"  command = {os.environ.get('CXX', 'c++')} $host -MD -MF $out.d -c $in -o $out",
+        f"  command = {cxx} {' '.join(host)} $instructions -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $nvcc -shared --cudart=static {' '.join(architectures())} $in -o $out",
+        f"  command = {link} $in -o $out",
     ]
     objects = []
-    for source in sources:
-        objects.append(source.removeprefix(f"{CSRC}/").replace("/", ".") + ".o")
-        lines.append(f"build {objects[-1]}: {Path(source).suffix[1:]} {root / source}")
+    for source in map(Path, sources):
+        objects.append(source.relative_to(CSRC).as_posix().replace("/", ".") + ".o")
+        lines.append(f"build {objects[-1]}: {source.suffix[1:]} {root / source}")
+        if source.stem in INSTRUCTIONS:
+            lines.append(f"  instructions = {INSTRUCTIONS[source.stem]}")
     return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
 
 
-class BuildCuda(build_ext):
-    """Hands the one extension to ninja."""
+class BuildByNinja(build_ext):
+    """Hands each extension to ninja."""
 
     def build_extension(self, ext: Extension) -> None:
-        nvcc = find_nvcc()
-        assert nvcc is not None, "extensions() gave one"
+        nvcc = find_nvcc() if ext.name.endswith("_cuda") else None
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp, "cuda").resolve()
+        folder = Path(self.build_temp, ext.name.rpartition("_")[2]).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder.joinpath("build.ninja").write_text(ninja_file(nvcc, ext.sources, target))
+        folder.joinpath("build.ninja").write_text(ninja_file(ext.sources, target, nvcc))
         # The package ninja has it as a module too, and may not be on the path.
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(
-            [*command, "-C", str(folder), *(["-j", jobs] if jobs else [])],
-            check=True,
-        )
+        try:
+            subprocess.run(
+                [*command, "-C", str(folder), *(["-j", jobs] if jobs else [])],
+                check=True,
+            )
+        except subprocess.CalledProcessError as error:
+            # what setuptools forgives an optional extension
+            raise CompileError(str(error)) from error
 
 
 if not Path("encoder_fast/kernels").is_dir():
@@ -150,5 +203,5 @@ setup(
     package_data={"": ["*.json", "*.jsonl", "*.txt"]},
     include_package_data=False,
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildCuda},
+    cmdclass={"build_ext": BuildByNinja},
 )

@@ -85,7 +85,9 @@ def build(module: str, *sources: Path) -> ModuleType:
 
 def build_backend() -> ModuleType:
     """The module `_cuda_host`, by which the backend `cuda-host` runs."""
-    sources = sorted(path for path in (ROOT / "csrc").rglob("*.c*") if path.suffix in UNITS)
+    cpu = ROOT / "csrc/cpu"
+    files = (path for path in (ROOT / "csrc").rglob("*.c*") if cpu not in path.parents)
+    sources = sorted(path for path in files if path.suffix in UNITS)
     return build("_cuda_host", *sources)
 
 

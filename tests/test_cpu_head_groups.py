@@ -1,4 +1,4 @@
-"""The CPU's attention where the scores of all heads are too many for the cache: heads in groups."""
+"""The CPU's attention by PyTorch, where the scores of all heads are too many for the cache."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from berts import DEVICE, DTYPES
 from disentangled_oracle import problem
 from test_ops import check, cumulative, distance_attention
 
-from encoder_fast.backends import cpu_attention, cpu_disentangled
+from encoder_fast.backends import cpu_attention, cpu_disentangled, cpu_kernels
 from encoder_fast.ops.attention import attention
 from encoder_fast.ops.disentangled_attention import disentangled_attention
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="other devices have no s
 @pytest.mark.parametrize("groups", [1, 2])
 def test_attention(groups: int, dtype: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, kind = (130, 0, 1, 97, 97), DTYPES[dtype]
+    monkeypatch.setattr(cpu_kernels, "isa", 0)
     monkeypatch.setattr(cpu_attention, "_SCORES_BYTES", groups * 130 * 130 * kind.itemsize)
     # a processor without bfloat16 would go another way
     monkeypatch.setattr(cpu_attention, "has_onednn", lambda dtype: True)

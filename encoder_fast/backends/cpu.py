@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoder_fast.backends import cpu_kernels
 from encoder_fast.backends.cpu_attention import attention
 from encoder_fast.backends.cpu_disentangled import disentangled_attention
 from encoder_fast.backends.heap import keep_large_blocks
@@ -72,6 +73,8 @@ def add_layer_norm(
     eps: float,
     x_bias: Tensor | None,
 ) -> Tensor:
+    if cpu_kernels.normalises(x, residual, weight, bias, x_bias):
+        return cpu_kernels.add_layer_norm(x, residual, weight, bias, eps, x_bias)
     for term in (x_bias, residual):
         if term is not None:
             x = x + term
@@ -86,6 +89,9 @@ def add_layer_norm_sum(
     eps: float,
     x_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if cpu_kernels.normalises(x, residual, weight, bias, x_bias):
+        total = x.new_empty(x.shape)
+        return cpu_kernels.add_layer_norm(x, residual, weight, bias, eps, x_bias, total), total
     total = (x if x_bias is None else x + x_bias) + residual
     return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoder_fast.backends import cpu_kernels
 from encoder_fast.backends.onednn import has_onednn
 
 # At these lengths one sequence goes through whole GEMMs, as many heads at a time as have their
@@ -49,6 +50,10 @@ def attention(
     window_size: int | None = None,
     relative_bias: Tensor | None = None,
 ) -> Tensor:
+    if cpu_kernels.attends(q, k, v):
+        return cpu_kernels.attention(
+            q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size, relative_bias
+        )
     total, num_heads, head_size = q.shape
     out = q.new_empty(total, num_heads, head_size)
     bounds = cu_seqlens.tolist()
@@ -58,7 +63,7 @@ def attention(
     if window_size is not None and longest > window_size + 1:
         window, edges = window_size, _window_edges(q, window_size)
     if relative_bias is not None and longest:
-        by_distance = _by_distance(relative_bias, longest)
+        by_distance = cpu_kernels.by_distance(relative_bias, longest)
     same_dtype = relative_bias is None or relative_bias.dtype == q.dtype
     scores = q.new_empty(_most_scores(q, lengths, window))
     sequences = _heads_first(q, k, v, out, lengths) if scores.numel() else []
@@ -170,13 +175,6 @@ def _by_gemms(
         some = None if added is None else added[heads]
         parts.append(_by_gemms(q[heads], k[heads], v[heads], scale, some, scores))
     return torch.cat(parts)
-
-
-def _by_distance(relative_bias: Tensor, longest: int) -> Tensor:
-    """``(H, 2 · longest - 1)``: the bias of each distance from ``1 - longest`` on."""
-    reach = relative_bias.shape[1] // 2
-    distances = torch.arange(1 - longest, longest, device=relative_bias.device)
-    return relative_bias.index_select(1, distances.clamp_(-reach, reach).add_(reach))
 
 
 def _reversed_bias(by_distance: Tensor, length: int) -> Tensor:

@@ -1,0 +1,88 @@
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace encoder_fast::cpu {
+
+namespace {
+
+constexpr int kMostRows = 6;
+
+// Tasks a thread, so that all are done at about the same time; and the fewest queries of a task that
+// are worth its copy of the keys.
+constexpr int kTasksPerThread = 4;
+constexpr int kFewestQueries = 96;
+
+std::vector<AttentionTask> tasks_of(const AttentionArguments& args, int chunk) {
+    std::vector<AttentionTask> tasks;
+    for (int b = 0; b < args.batch; ++b) {
+        const int64_t start = args.cu_seqlens[b];
+        const int length = static_cast<int>(args.cu_seqlens[b + 1] - start);
+        const int parts = (length + chunk - 1) / chunk;
+        for (int part = 0; part < parts; ++part) {
+            const int first = static_cast<int>(int64_t{length} * part / parts);
+            const int last = static_cast<int>(int64_t{length} * (part + 1) / parts);
+            for (int head = 0; head < args.heads; ++head)
+                tasks.push_back({start, length, head, first, last});
+        }
+    }
+    return tasks;
+}
+
+void check(const AttentionArguments& args) {
+    bool fits = args.cu_seqlens[0] == 0 && args.cu_seqlens[args.batch] <= args.total;
+    for (int b = 0; b < args.batch; ++b) {
+        const int64_t length = int64_t{args.cu_seqlens[b + 1]} - args.cu_seqlens[b];
+        fits = fits && length >= 0 && length <= args.max_seqlen;
+    }
+    if (!fits)
+        throw std::invalid_argument(
+            "cu_seqlens must begin with 0, never fall, end with " + std::to_string(args.total) +
+            " at most, and have no sequence longer than max_seqlen=" +
+            std::to_string(args.max_seqlen));
+}
+
+void clear_rows_behind(const AttentionArguments& args) {
+    const int64_t size = args.dtype == DType::kFloat32 ? 4 : 2;
+    const int64_t row = int64_t{args.heads} * args.head_size * size;
+    const int64_t used = args.cu_seqlens[args.batch];
+    std::memset(static_cast<char*>(args.out) + used * row, 0, (args.total - used) * row);
+}
+
+}  // namespace
+
+int64_t attention_workspace(int head_size) {
+    const int64_t floats = 2 * kKeyBlock * head_size + kMostRows * (kKeyBlock + head_size) +
+                           kQueryChunk * (2 + head_size);
+    return (floats + 15) / 16 * 16;
+}
+
+void attention(const AttentionArguments& args, int isa, int threads) {
+    check(args);
+    clear_rows_behind(args);
+    int chunk = kQueryChunk;
+    std::vector<AttentionTask> tasks = tasks_of(args, chunk);
+    while (chunk > kFewestQueries && static_cast<int>(tasks.size()) < kTasksPerThread * threads) {
+        chunk /= 2;
+        tasks = tasks_of(args, chunk);
+    }
+    // The longest first: what comes last is short, and no thread waits long for another.
+    std::stable_sort(tasks.begin(), tasks.end(), [](const auto& a, const auto& b) {
+        return int64_t{a.length} * (a.last_query - a.first_query) >
+               int64_t{b.length} * (b.last_query - b.first_query);
+    });
+    const Kernels& kernels = kernels_of(isa);
+    const int64_t workspace = attention_workspace(args.head_size);
+    parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int thread) {
+        kernels.attend(args, tasks[i], args.workspace + thread * workspace);
+    });
+}
+
+}  // namespace encoder_fast::cpu

@@ -1,0 +1,62 @@
+// What Python calls: pointers, sizes and strides as plain integers, absence as a null pointer.
+// Nothing is checked here; encoder_fast/backends/cpu_kernels.py does that.
+
+#include <pybind11/pybind11.h>
+
+#include "cpu/add_layer_norm.h"
+#include "cpu/attention.h"
+#include "cpu/kernels.h"
+
+namespace encoder_fast::cpu {
+namespace {
+
+using Address = uintptr_t;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+void bind_attention(Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row,
+                    int64_t k_head, Address v, int64_t v_row, int64_t v_head, Address out,
+                    Address cu_seqlens, int total, int batch, int max_seqlen, int heads,
+                    int head_size, float softmax_scale, int window, Address bias,
+                    int64_t bias_stride, Address workspace, int dtype, int isa, int threads) {
+    pybind11::gil_scoped_release released;
+    attention({{pointer(q), q_row, q_head},
+               {pointer(k), k_row, k_head},
+               {pointer(v), v_row, v_head},
+               pointer(out),
+               static_cast<const int32_t*>(pointer(cu_seqlens)),
+               total,
+               batch,
+               max_seqlen,
+               heads,
+               head_size,
+               softmax_scale,
+               window,
+               static_cast<const float*>(pointer(bias)),
+               bias_stride,
+               static_cast<DType>(dtype),
+               static_cast<float*>(pointer(workspace))},
+              isa, threads);
+}
+
+void bind_add_layer_norm(Address x, Address residual, Address x_bias, Address weight, Address bias,
+                         Address out, Address sum, int64_t rows, int width, float eps, int dtype,
+                         int isa, int threads) {
+    pybind11::gil_scoped_release released;
+    add_layer_norm({pointer(x), pointer(residual), pointer(x_bias), pointer(weight), pointer(bias),
+                    pointer(out), pointer(sum), rows, width, eps, static_cast<DType>(dtype)},
+                   isa, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.def("attention", bind_attention);
+    m.def("attention_workspace", attention_workspace);
+    m.def("add_layer_norm", bind_add_layer_norm);
+    m.def("best_isa", [] { return static_cast<int>(best_isa()); });
+    m.attr("BIAS_BEYOND") = kBiasBeyond;
+    m.attr("MAX_WIDTH") = kMostWidth;
+}
+
+}  // namespace encoder_fast::cpu

@@ -1,0 +1,2 @@
+#define KERNELS kAvx2Kernels
+#include "cpu/isa_table.h"

@@ -1,0 +1,176 @@
+"""The ops of the extension ``encoder_fast._cpu`` (``csrc/cpu/``): attention and LayerNorm on x86-64
+with AVX2 or AVX-512.
+
+It is built where there is a C++ compiler, and links no torch: it takes addresses and believes what
+it is told of them, so everything it relies on is checked here. Where it is missing, or has nothing
+for an operand, the CPU backend goes by PyTorch alone, more slowly; :func:`why_not` says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# What the instruction sets are called, in the order of csrc/cpu/kernels.h.
+_NAMES = ("none", "AVX2", "AVX-512", "AVX-512 with bfloat16")
+
+# The numbers that csrc/dtype.h gives them.
+_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_INT32_MAX = 2**31 - 1
+_LOG2_E = 1.4426950408889634
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        extension = importlib.import_module("encoder_fast._cpu")
+    except ModuleNotFoundError:
+        return None, (
+            "the extension encoder_fast._cpu is not built; that takes a C++ compiler when "
+            "encoder_fast is installed on x86-64, and with ENCODER_FAST_BUILD_CPU=1 it is an error "
+            "to have none"
+        )
+    except ImportError as error:
+        return None, f"the extension encoder_fast._cpu does not load: {error}"
+    if extension.best_isa() == 0:
+        return None, "this processor lacks AVX2, FMA or F16C"
+    return extension, None
+
+
+_extension, _reason = _load()
+isa: int = 0 if _extension is None else _extension.best_isa()
+"""The instruction set in use: a place in ``_NAMES``."""
+
+
+def why_not() -> str | None:
+    """Why the CPU backend has no kernels of its own here; ``None`` where it has."""
+    return _reason
+
+
+def instructions() -> str:
+    """The instruction set in use, for a reader."""
+    return _NAMES[isa]
+
+
+def _has_amx() -> bool:
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+# Its tiles multiply bfloat16 and float16 some 8 times as fast as AVX-512 does, and PyTorch's GEMMs
+# and attention use them.
+_LEFT_TO_PYTORCH = (torch.bfloat16, torch.float16) if _has_amx() else ()
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether :func:`attention` runs these ``(total, H, D)``."""
+    total, _, head_size = q.shape
+    return (
+        isa > 0
+        and q.dtype in _NUMBERS
+        and q.dtype not in _LEFT_TO_PYTORCH
+        and head_size % 16 == 0
+        and head_size > 0
+        and total <= _INT32_MAX
+        and q.stride(2) == k.stride(2) == v.stride(2) == 1
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None,
+    relative_bias: Tensor | None,
+) -> Tensor:
+    """The op, for what :func:`attends` has let pass."""
+    assert _extension is not None
+    total, num_heads, head_size = q.shape
+    out = q.new_empty(q.shape)
+    if out.numel() == 0:
+        return out
+    max_seqlen = min(max_seqlen, total)
+    bias = None
+    if relative_bias is not None:
+        bias = by_distance(relative_bias.float() * _LOG2_E, max_seqlen)
+        bias = F.pad(bias, (0, _extension.BIAS_BEYOND))
+    threads = torch.get_num_threads()
+    floats = threads * _extension.attention_workspace(head_size)
+    workspace = q.new_empty(floats, dtype=torch.float32)
+    _extension.attention(
+        *(q.data_ptr(), q.stride(0), q.stride(1)),
+        *(k.data_ptr(), k.stride(0), k.stride(1)),
+        *(v.data_ptr(), v.stride(0), v.stride(1)),
+        out.data_ptr(),
+        cu_seqlens.data_ptr(),
+        total,
+        cu_seqlens.numel() - 1,
+        max_seqlen,
+        num_heads,
+        head_size,
+        softmax_scale,
+        # no distance is larger than total
+        -1 if window_size is None else min(window_size, total),
+        *((0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))),
+        workspace.data_ptr(),
+        _NUMBERS[q.dtype],
+        isa,
+        threads,
+    )
+    return out
+
+
+def by_distance(relative_bias: Tensor, longest: int) -> Tensor:
+    """``(H, 2 · longest - 1)``: the bias of each distance from ``1 - longest`` on."""
+    reach = relative_bias.shape[1] // 2
+    distances = torch.arange(1 - longest, longest, device=relative_bias.device)
+    return relative_bias.index_select(1, distances.clamp_(-reach, reach).add_(reach))
+
+
+def normalises(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether :func:`add_layer_norm` runs rows ``x`` with these residuals and vectors."""
+    return (
+        isa > 0
+        and x.dtype in _NUMBERS
+        and x.shape[1] % 16 == 0
+        and 0 < x.shape[1] <= _MAX_WIDTH
+        and x.is_contiguous()
+        and all(t is None or (t.dtype == x.dtype and t.is_contiguous()) for t in others)
+    )
+
+
+_MAX_WIDTH: int = 0 if _extension is None else _extension.MAX_WIDTH
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None,
+    total: Tensor | None = None,
+) -> Tensor:
+    """The op, for what :func:`normalises` has let pass; the sum goes to ``total``."""
+    assert _extension is not None
+    rows, width = x.shape
+    out = x.new_empty(x.shape)
+    _extension.add_layer_norm(
+        x.data_ptr(),
+        *(0 if t is None else t.data_ptr() for t in (residual, x_bias, weight, bias)),
+        out.data_ptr(),
+        0 if total is None else total.data_ptr(),
+        rows,
+        width,
+        eps,
+        _NUMBERS[x.dtype],
+        isa,
+        torch.get_num_threads(),
+    )
+    return out
