@@ -68,10 +68,13 @@ def _has_docstring(body: list[ast.stmt]) -> bool:
 
 # The CPU backend's other files.
 _CPU_FILES = {
-    "attention": "cpu_attention.py",
-    "window_attention": "cpu_attention.py",
-    "disentangled_attention": "cpu_disentangled.py",
+    "attention": ("backends/cpu_attention.py", "backends/cpu_kernels.py"),
+    "window_attention": ("backends/cpu_attention.py", "backends/cpu_kernels.py"),
+    "disentangled_attention": ("backends/cpu_disentangled.py",),
+    "add_layer_norm": ("backends/cpu_kernels.py",),
 }
+
+_CUDA = tuple(sorted(f"csrc/{p.name}" for p in (ROOT / "csrc").glob("*") if p.name != "cpu"))
 
 # The Triton files behind an op; the others have none of their own.
 _KERNELS = {
@@ -89,12 +92,14 @@ def sources_of_op(op: str, backend: str) -> tuple[str, ...]:
     """Prefixes of the files behind one op on one backend."""
     files = [f"{backend}.py", "linears.py", "pooling.py"]
     if backend == "cpu":
-        files += ["heap.py", "onednn.py", *([_CPU_FILES[op]] if op in _CPU_FILES else ())]
+        files += ["heap.py", "onednn.py"]
     own = [f"encoder_fast/backends/{name}" for name in files]
-    if backend == "triton":
+    if backend == "cpu" and op in _CPU_FILES:
+        own += [*(f"encoder_fast/{name}" for name in _CPU_FILES[op]), "csrc/cpu/", "csrc/dtype.h"]
+    elif backend == "triton":
         own += [f"kernels/{name}." for name in (*_KERNELS.get(op, ()), "integers")]
     elif backend == "cuda":
-        own += ["csrc/", "encoder_fast/backends/cuda_kernels.py"]
+        own += [*_CUDA, "encoder_fast/backends/cuda_kernels.py"]
     return tuple(own)
 
 
@@ -104,7 +109,7 @@ def sources_of_model(backend: str) -> tuple[str, ...]:
     if backend == "cpu":
         names = ("cpu", "heap.py", "linears.py", "masks.py", "onednn.py", "pooling.py")
         own = (*(f"encoder_fast/backends/{name}" for name in names), "encoder_fast/patching/")
-    return *_ENGINE, *own, *(() if backend == "cpu" else ("kernels/", "csrc/"))
+    return *_ENGINE, *own, *(("csrc/cpu/",) if backend == "cpu" else ("kernels/", *_CUDA))
 
 
 def changed(prefixes: Iterable[str], then: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:

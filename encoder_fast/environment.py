@@ -72,6 +72,7 @@ def info() -> Info:
 
 
 def _cpu() -> str:
+    from encoder_fast.backends import cpu_kernels
     from encoder_fast.backends.onednn import has_onednn
 
     fast = [
@@ -81,5 +82,10 @@ def _cpu() -> str:
     ]
     return (
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
-        f"oneDNN linear in {', '.join(fast) or 'no dtype'}"
+        f"oneDNN linear in {', '.join(fast) or 'no dtype'}, "
+        + (
+            f"kernels for {cpu_kernels.instructions()}"
+            if cpu_kernels.why_not() is None
+            else f"no kernels of its own: {cpu_kernels.why_not()}"
+        )
     )

@@ -69,10 +69,11 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command with an environment that names no import path and reaches no index.
 
-    Packages are built without the CUDA extension, as where there is no nvcc.
+    Packages are built without extensions, as where there is no compiler.
     """
     base = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    fixed = {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "ENCODER_FAST_BUILD_CUDA": "0"}
+    fixed = {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"}
+    fixed |= {"ENCODER_FAST_BUILD_CPU": "0", "ENCODER_FAST_BUILD_CUDA": "0"}
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,

@@ -9,6 +9,9 @@
 namespace encoder_fast::cpu {
 namespace {
 
+// Sums of so many elements are added up: over thousands, one running sum would lose digits.
+constexpr int kBlock = 256;
+
 template <class Io>
 void add_layer_norm_rows(const AddLayerNormArguments& args, int64_t first, int64_t last) {
     using Storage = typename Io::Storage;
@@ -24,20 +27,28 @@ void add_layer_norm_rows(const AddLayerNormArguments& args, int64_t first, int64
         Storage* out = static_cast<Storage*>(args.out) + i * width;
 
         Vec total = zeros();
-        for (int n = 0; n < width; n += kLanes) {
-            Vec value = Io::load(x + n);
-            if (x_bias) value = value + Io::load(x_bias + n);
-            if (residual) value = value + Io::load(residual + n);
-            if (sum) Io::store(sum + n, value);
-            store(row + n, value);
-            total = total + value;
+        for (int begin = 0; begin < width; begin += kBlock) {
+            Vec part = zeros();
+            for (int n = begin; n < width && n < begin + kBlock; n += kLanes) {
+                Vec value = Io::load(x + n);
+                if (x_bias) value = value + Io::load(x_bias + n);
+                if (residual) value = value + Io::load(residual + n);
+                if (sum) Io::store(sum + n, value);
+                store(row + n, value);
+                part = part + value;
+            }
+            total = total + part;
         }
         const Vec mean = fill(sum_of_lanes(total) / static_cast<float>(width));
         Vec squares = zeros();
-        for (int n = 0; n < width; n += kLanes) {
-            const Vec centred = load(row + n) - mean;
-            store(row + n, centred);
-            squares = fma(centred, centred, squares);
+        for (int begin = 0; begin < width; begin += kBlock) {
+            Vec part = zeros();
+            for (int n = begin; n < width && n < begin + kBlock; n += kLanes) {
+                const Vec centred = load(row + n) - mean;
+                store(row + n, centred);
+                part = fma(centred, centred, part);
+            }
+            squares = squares + part;
         }
         const float variance = sum_of_lanes(squares) / static_cast<float>(width);
         const Vec inverse = fill(1.0f / __builtin_sqrtf(variance + args.eps));

@@ -1,7 +1,9 @@
-"""Attention on the CPU: PyTorch's SDPA and whole GEMMs, sequence by sequence.
+"""Attention on the CPU: by a kernel of the project's own, or where there is none
+(:mod:`encoder_fast.backends.cpu_kernels` says where), by PyTorch's SDPA and whole GEMMs.
 
-Runs of neighbours of equal length go together; nothing is padded. What is added to the scores, a
-bias by distance or the edges of a window, never takes a tensor as large as the scores:
+By PyTorch it goes sequence by sequence, runs of neighbours of equal length together; nothing is
+padded. What is added to the scores, a bias by distance or the edges of a window, never takes a
+tensor as large as the scores:
 
 - A bias is the same along every diagonal. With the queries in reverse order it is the same along
   every antidiagonal, and then it is a view of one vector of ``2 · length - 1`` values, whose two
