@@ -84,10 +84,10 @@ def attend_and_check(
     return output
 
 
-# Beside 6 rows, 8 and 16 lanes, a panel of 16 and 64 keys, and a block of 512.
+# Beside 6 rows, 8 and 16 lanes, a panel of 16 and 64 keys, and a block of 256.
 COUNTS = {
     "short": [1, 5, 6, 7, 0, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65],
-    "blocks": [511, 512, 513],
+    "blocks": [255, 256, 257, 513],
 }
 
 

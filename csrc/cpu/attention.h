@@ -42,7 +42,7 @@ struct AttentionArguments {
 constexpr int kBiasBeyond = 64;
 
 // Keys whose scores are held at a time, and the most queries of one task.
-constexpr int kKeyBlock = 512;
+constexpr int kKeyBlock = 256;
 constexpr int kQueryChunk = 1024;
 
 // One head of one sequence, or some of its queries.

@@ -335,11 +335,17 @@ class Task {
 #pragma GCC unroll 6
             for (int r = 0; r < kRowCount; ++r)
 #pragma GCC unroll 4
-                for (int v = 0; v < kVecCount; ++v)
-                    acc[r][v] = sums.is_first ? zeros()
-                                              : load(context + r * args_.head_size + v * kLanes) *
-                                                    fill(sums.decay[r]);
+                for (int v = 0; v < kVecCount; ++v) acc[r][v] = zeros();
             multiply<Product>(p, values, args_.head_size, steps, acc);
+            // What was summed before comes last: the fewer terms a running sum has, the fewer digits
+            // it loses.
+            if (!sums.is_first)
+#pragma GCC unroll 6
+                for (int r = 0; r < kRowCount; ++r)
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVecCount; ++v)
+                        acc[r][v] = fma(load(context + r * args_.head_size + v * kLanes),
+                                        fill(sums.decay[r]), acc[r][v]);
             const int64_t out_stride = int64_t{args_.heads} * args_.head_size;
             Storage* out = static_cast<Storage*>(args_.out) +
                            (task_.start + sums.query) * out_stride +
