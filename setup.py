@@ -22,6 +22,7 @@ Neither takes torch. By environment variable:
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
 CPU = CSRC / "cpu"
+DTYPES = CSRC / "dtype.h"
 ARCHS = "80 90a"
 
 # What the files of csrc/cpu/ that hold the kernels of one instruction set are compiled for.
@@ -58,9 +60,14 @@ def find_nvcc() -> str | None:
     return None
 
 
+def compiler() -> list[str]:
+    """The C++ compiler, with the options that the user gives it."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
 def missing() -> str | None:
     """What keeps any extension from being built here."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
+    if shutil.which(compiler()[0]) is None:
         return "there is no C++ compiler"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return f"there is no Python.h in {sysconfig.get_paths()['include']}"
@@ -97,7 +104,7 @@ def extension(name: str, title: str, folder: Path, reason: str | None) -> list[E
         return []
     files = [path for path in folder.rglob("*") if folder == CPU or CPU not in path.parents]
     sources = sorted(p.as_posix() for p in files if p.suffix in (".cu", ".cpp"))
-    headers = sorted(p.as_posix() for p in files if p.suffix in (".cuh", ".h"))
+    headers = sorted(p.as_posix() for p in (*files, DTYPES) if p.suffix in (".cuh", ".h"))
     # A compiler too old for the CPU's instructions costs speed alone.
     optional = title == "CPU" and wanted != "1"
     return [Extension(name, sources, depends=headers, optional=optional)]
@@ -128,44 +135,52 @@ def ninja_file(sources: list[str], target: Path, nvcc: str | None) -> str:
     """Compile each source by itself, so that they run side by side; then link.
 
     Args:
-        nvcc: `None` for what no CUDA source is in. OpenMP's functions then stay undefined: they
-            come from the library that PyTorch has loaded.
+        nvcc: `None` for what no CUDA source is in.
     """
     import pybind11
 
     root = Path.cwd()
-    cxx = os.environ.get("CXX", "c++")
     includes = [root / CSRC, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    host = ["-std=c++17", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    host = [*compiler(), "-std=c++17", "-fPIC", "-fvisibility=hidden"]
     # Where nvcc compiles the kernels, the bindings are all that is left for g++.
-    host += ["-O2"] if nvcc else ["-O3", "-fopenmp"]
-    link = f"{cxx} -shared"
+    host += ["-O2" if nvcc else "-O3", *(f"-I{path}" for path in includes)]
+    link = [*compiler(), "-shared"]
     lines = ["ninja_required_version = 1.5"]
     if nvcc:
-        device = ["-std=c++17", "-O3", "--cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        link = f"{nvcc} -shared --cudart=static {' '.join(architectures())}"
+        device = [nvcc, "-std=c++17", "-O3", "--cudart=static", *architectures()]
+        device += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{root / CSRC}"]
+        link = [nvcc, "-shared", "--cudart=static", *architectures()]
         lines += [
             "rule cu",
-            f"  command = {nvcc} {' '.join([*device, *architectures()])} -I{root / CSRC} "
-            "-MD -MF $out.d -c $in -o $out",
+            f"  command = {in_shell(device)} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
     lines += [
         "rule cpp",
-        f"  command = {cxx} {' '.join(host)} $instructions -MD -MF $out.d -c $in -o $out",
+        f"  command = {in_shell(host)} $instructions -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {link} $in -o $out",
+        f"  command = {in_shell(link)} $in -o $out",
     ]
     objects = []
     for source in map(Path, sources):
         objects.append(source.relative_to(CSRC).as_posix().replace("/", ".") + ".o")
-        lines.append(f"build {objects[-1]}: {source.suffix[1:]} {root / source}")
+        lines.append(f"build {objects[-1]}: {source.suffix[1:]} {path_in_ninja(root / source)}")
         if source.stem in INSTRUCTIONS:
             lines.append(f"  instructions = {INSTRUCTIONS[source.stem]}")
-    return "\n".join([*lines, f"build {target}: link {' '.join(objects)}", ""])
+    lines.append(f"build {path_in_ninja(target)}: link {' '.join(objects)}")
+    return "\n".join([*lines, ""])
+
+
+def in_shell(words: list[str]) -> str:
+    """A command for the shell, in ninja's file."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def path_in_ninja(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 class BuildByNinja(build_ext):

@@ -18,6 +18,7 @@ from test_packaging import python, succeed
 import encoder_fast
 from encoder_fast.backends import cpu_attention, cpu_kernels
 from encoder_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_sum
+from encoder_fast.ops.add_layer_norm import operator as add_layer_norm_operator
 from encoder_fast.ops.attention import attention
 
 INSTRUCTIONS = ("AVX2", "AVX-512", "AVX-512 with bfloat16")
@@ -178,16 +179,19 @@ def test_large_scores(dtype: str) -> None:
     assert torch.equal(output[clear, 0], qkv[top.indices[clear, 0], 2, 0])
 
 
+@pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("counts", [[1], [700], [3] * 5, [1200, 2, 900]])
 @pytest.mark.usefixtures("isa", "threads")
-def test_the_number_of_threads_changes_no_bit(counts: list[int]) -> None:
+def test_the_number_of_threads_changes_no_bit(counts: list[int], window: int | None) -> None:
     qkv = torch.randn(sum(counts), 3, 3, 32)
     outputs = []
     for number in (1, 2, 3, 16):
         torch.set_num_threads(number)
-        attended = attention(*qkv.unbind(1), cumulative(counts), max(counts), backend="cpu")
+        attended = attention(
+            *qkv.unbind(1), cumulative(counts), max(counts), window_size=window, backend="cpu"
+        )
         outputs.append((attended, add_layer_norm(qkv.flatten(1), backend="cpu")))
-    # Tasks of fewer queries see the same blocks of keys.
+    # However a sequence is cut, the same queries go together and see the same blocks of keys.
     for attended, normed in outputs[1:]:
         assert torch.equal(normed, outputs[0][1]) and torch.equal(attended, outputs[0][0])
 
@@ -226,10 +230,12 @@ def test_lengths_that_make_no_sense(cu_seqlens: list[int], max_seqlen: int) -> N
         attention(q, q, q, bounds, max_seqlen, backend="cpu")
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(2, 7)], ids=["plain", "bias"])
+@pytest.mark.parametrize("counts", [[], [0, 0]])
 @pytest.mark.parametrize("total", [0, 5])
-def test_no_sequence(total: int) -> None:
+def test_no_sequence(total: int, counts: list[int], bias: torch.Tensor | None) -> None:
     q = torch.randn(total, 2, 16)
-    output = attention(q, q, q, cumulative([]), 0, backend="cpu")
+    output = attention(q, q, q, cumulative(counts), 0, relative_bias=bias, backend="cpu")
     assert torch.equal(output, torch.zeros(total, 2, 16))
 
 
@@ -249,6 +255,32 @@ def test_other_defaults_of_device_and_dtype() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(output, expected) and normed.device.type == "cpu"
+
+
+REST = (None, None, None, 1e-5, None, "cpu")  # add_layer_norm's arguments behind x
+
+
+def test_a_tensor_without_memory_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.undo()
+    q, bounds = torch.randn(9, 2, 16), cumulative([9])
+    rows, weight = q.flatten(1), torch.ones(32)
+    with FakeTensorMode() as mode:
+        fake = add_layer_norm_operator.run(mode.from_tensor(rows), *REST)
+    assert fake.shape == (9, 32)
+
+    class Named(torch.Tensor):
+        pass
+
+    for x, w in ((rows.as_subclass(Named), weight), (rows, weight.as_subclass(Named))):
+        assert not cpu_kernels.normalises(x, None, w, None, None)
+    assert cpu_kernels.normalises(rows, None, torch.nn.Parameter(weight), None, None)
+    assert cpu_kernels.attends(q, q, q, bounds, None)
+    assert not cpu_kernels.attends(q, q, q.as_subclass(Named), bounds, None)
+    traced = torch.jit.trace(lambda x: add_layer_norm_operator.run(x, *REST), rows)
+    other = torch.randn(9, 32)
+    torch.testing.assert_close(traced(other), F.layer_norm(other, (32,)))
 
 
 @pytest.fixture

@@ -13,12 +13,11 @@ namespace encoder_fast::cpu {
 
 namespace {
 
-constexpr int kMostRows = 6;
-
-// Tasks a thread, so that all are done at about the same time; and the fewest queries of a task that
-// are worth its copy of the keys.
+// Tasks a thread, so that all are done at about the same time. A sequence is cut for them down to some
+// hundred queries, for each task copies the keys.
 constexpr int kTasksPerThread = 4;
-constexpr int kFewestQueries = 96;
+constexpr int kSmallestChunk = 96;
+static_assert(kSmallestChunk % kRows == 0 && kQueryChunk % kSmallestChunk == 0);
 
 std::vector<AttentionTask> tasks_of(const AttentionArguments& args, int chunk) {
     std::vector<AttentionTask> tasks;
@@ -26,9 +25,11 @@ std::vector<AttentionTask> tasks_of(const AttentionArguments& args, int chunk) {
         const int64_t start = args.cu_seqlens[b];
         const int length = static_cast<int>(args.cu_seqlens[b + 1] - start);
         const int parts = (length + chunk - 1) / chunk;
-        for (int part = 0; part < parts; ++part) {
-            const int first = static_cast<int>(int64_t{length} * part / parts);
-            const int last = static_cast<int>(int64_t{length} * (part + 1) / parts);
+        // In equal parts, but for kRows queries that go together, the same ones however it is cut.
+        const int rows = parts == 0 ? 0 : (length + parts - 1) / parts;
+        const int size = (rows + kRows - 1) / kRows * kRows;
+        for (int first = 0; first < length; first += size) {
+            const int last = std::min(first + size, length);
             for (int head = 0; head < args.heads; ++head)
                 tasks.push_back({start, length, head, first, last});
         }
@@ -59,8 +60,8 @@ void clear_rows_behind(const AttentionArguments& args) {
 }  // namespace
 
 int64_t attention_workspace(int head_size) {
-    const int64_t floats = 2 * kKeyBlock * head_size + kMostRows * (kKeyBlock + head_size) +
-                           kQueryChunk * (2 + head_size);
+    const int64_t floats = int64_t{2} * kKeyBlock * head_size + int64_t{kRows} * (kKeyBlock + head_size) +
+                           int64_t{kQueryChunk} * (2 + head_size);
     return (floats + 15) / 16 * 16;
 }
 
@@ -69,7 +70,7 @@ void attention(const AttentionArguments& args, int isa, int threads) {
     clear_rows_behind(args);
     int chunk = kQueryChunk;
     std::vector<AttentionTask> tasks = tasks_of(args, chunk);
-    while (chunk > kFewestQueries && static_cast<int>(tasks.size()) < kTasksPerThread * threads) {
+    while (chunk > kSmallestChunk && static_cast<int>(tasks.size()) < kTasksPerThread * threads) {
         chunk /= 2;
         tasks = tasks_of(args, chunk);
     }

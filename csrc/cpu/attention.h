@@ -41,9 +41,11 @@ struct AttentionArguments {
 
 constexpr int kBiasBeyond = 64;
 
-// Keys whose scores are held at a time, and the most queries of one task.
+// Keys whose scores are held at a time, queries that meet them together, and the most queries of one
+// task.
 constexpr int kKeyBlock = 256;
-constexpr int kQueryChunk = 1024;
+constexpr int kRows = 6;
+constexpr int kQueryChunk = 768;
 
 // One head of one sequence, or some of its queries.
 struct AttentionTask {

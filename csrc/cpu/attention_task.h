@@ -20,11 +20,13 @@
 namespace encoder_fast::cpu {
 namespace {
 
-// With two vectors of values in flight, 24 or 12 sums of a tile fit the registers beside them.
-constexpr int kRows = 6;
+// kRows times as many vectors of sums, 24 or 12, fit the registers beside the vectors of a panel.
 constexpr int kPanelVecs = kLanes == 16 ? 4 : 2;
 constexpr int kPanel = kPanelVecs * kLanes;
 static_assert(kKeyBlock % kPanel == 0 && kPanel <= kBiasBeyond);
+
+// 32 bits of an operand, wherever they lie.
+typedef float Word __attribute__((aligned(1), may_alias));
 
 inline int smaller(int a, int b) { return a < b ? a : b; }
 inline int larger(int a, int b) { return a > b ? a : b; }
@@ -58,8 +60,7 @@ struct ByPairs {
     static constexpr bool kConverts = false;
 
     static Vec load_words(const Storage* row, int word, int words) {
-        return load_some(reinterpret_cast<const float*>(row + 2 * word),
-                         smaller(words - word, kLanes));
+        return load_some(row + 2 * word, smaller(words - word, kLanes));
     }
 
     static Vec multiply_add(Vec sum, Vec a, Vec b) {
@@ -93,7 +94,7 @@ struct ByPairs {
 
 // acc[r][v] += a[r][i] * b[i][v] over words i; b's rows are `stride` words apart.
 template <class Product, int kRowCount, int kVecCount>
-inline void multiply(const float* const (&a)[kRows], const float* b, int stride, int words,
+inline void multiply(const Word* const (&a)[kRows], const float* b, int stride, int words,
                      Vec (&acc)[kRowCount][kVecCount]) {
     for (int i = 0; i < words; ++i) {
         Vec right[kVecCount];
@@ -133,7 +134,9 @@ class Task {
     }
 
     void run() {
-        const int first = seen_from(task_.first_query), last = seen_to(task_.last_query - 1);
+        // Blocks begin at the same keys for all tasks of a sequence.
+        const int first = seen_from(task_.first_query) / kKeyBlock * kKeyBlock;
+        const int last = seen_to(task_.last_query - 1);
         for (block_ = first; block_ < last; block_ += kKeyBlock) {
             block_end_ = smaller(block_ + kKeyBlock, last);
             pack();
@@ -212,7 +215,7 @@ class Task {
         if (from >= to) return;
         const bool is_first = all_from >= block_, is_last = all_to <= block_end_;
 
-        const float* q[kRows];
+        const Word* q[kRows];
         point_to_queries<kRowCount>(query, q);
         // whole panels: what lies in them and is not seen becomes 0
         const int begin = block_ + (from - block_) / kPanel * kPanel;
@@ -233,7 +236,7 @@ class Task {
         for (int r = 0; r < kRowCount; ++r)
             decay[r] = softmax(r, query, count, is_first, max_of_lanes(maxima[r]));
 
-        const float* p[kRows];
+        const Word* p[kRows];
         for (int r = 0; r < kRows; ++r) p[r] = scores_ + smaller(r, kRowCount - 1) * kKeyBlock;
         const int steps = (count + Product::kPerWord - 1) / Product::kPerWord;
         const int64_t offset = (begin - block_) / Product::kPerWord;
@@ -250,7 +253,7 @@ class Task {
     }
 
     template <int kRowCount>
-    void point_to_queries(int query, const float* (&q)[kRows]) {
+    void point_to_queries(int query, const Word* (&q)[kRows]) {
         for (int r = 0; r < kRows; ++r) {
             const int row = smaller(r, kRowCount - 1);
             const Storage* source = q_ + (query + row) * args_.q.row_stride;
@@ -261,14 +264,14 @@ class Task {
                         store(copy + d, Io::load(source + d));
                 q[r] = copy;
             } else {
-                q[r] = reinterpret_cast<const float*>(source);
+                q[r] = reinterpret_cast<const Word*>(source);
             }
         }
     }
 
     // The scores of kRowCount queries and kVecCount vectors of keys, in units of log 2.
     template <int kRowCount, int kVecCount>
-    void score(const float* const (&q)[kRows], int query, int panel, int begin,
+    void score(const Word* const (&q)[kRows], int query, int panel, int begin,
                Vec (&maxima)[kRowCount]) {
         if constexpr (kVecCount <= kPanelVecs) {
             Vec acc[kRowCount][kVecCount];
@@ -327,7 +330,7 @@ class Task {
     };
 
     template <int kRowCount, int kVecCount>
-    void weigh(const float* const (&p)[kRows], const float* values, int steps, const Sums& sums) {
+    void weigh(const Word* const (&p)[kRows], const float* values, int steps, const Sums& sums) {
         if constexpr (kVecCount <= kPanelVecs) {
             Vec acc[kRowCount][kVecCount];
             const int row = sums.query - task_.first_query;

@@ -1,5 +1,5 @@
 // What Python calls: pointers, sizes and strides as plain integers, absence as a null pointer.
-// Nothing is checked here; encoder_fast/backends/cpu_kernels.py does that.
+// Nothing but cu_seqlens is checked here; encoder_fast/backends/cpu_kernels.py does the rest.
 
 #include <pybind11/pybind11.h>
 

@@ -1,13 +1,18 @@
 // Work shared among threads.
 //
 // The threads are those of the OpenMP library that PyTorch has loaded: this extension links none, so
-// that its threads and PyTorch's are the same and never compete. Of OpenMP's run time it needs one
-// function, GOMP_parallel, which GNU's, LLVM's and Intel's libraries have.
+// that its threads and PyTorch's are the same and never compete. It needs one function, which GNU's,
+// LLVM's and Intel's libraries have, and calls it by name: what `#pragma omp` becomes is up to the
+// compiler.
 
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+
+// Runs `function(data)` on each of `threads` threads, the caller's among them.
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads,
+                              unsigned flags);
 
 namespace encoder_fast::cpu {
 
@@ -20,13 +25,19 @@ void parallel_for(int64_t count, int threads, const Work& work) {
         for (int64_t i = 0; i < count; ++i) work(i, 0);
         return;
     }
-    std::atomic<int64_t> next{0};
-    std::atomic<int> arrived{0};
-#pragma omp parallel num_threads(threads)
-    {
-        const int thread = arrived++;
-        for (int64_t i = next++; i < count; i = next++) work(i, thread);
-    }
+    struct Share {
+        const Work& work;
+        const int64_t count;
+        std::atomic<int64_t> next{0};
+        std::atomic<int> arrived{0};
+
+        static void run(void* data) {
+            Share& share = *static_cast<Share*>(data);
+            const int thread = share.arrived++;
+            for (int64_t i = share.next++; i < share.count; i = share.next++) share.work(i, thread);
+        }
+    } share{work, count};
+    GOMP_parallel(Share::run, &share, static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace encoder_fast::cpu

@@ -52,7 +52,7 @@ def attention(
     window_size: int | None = None,
     relative_bias: Tensor | None = None,
 ) -> Tensor:
-    if cpu_kernels.attends(q, k, v):
+    if cpu_kernels.attends(q, k, v, cu_seqlens, relative_bias):
         return cpu_kernels.attention(
             q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size, relative_bias
         )

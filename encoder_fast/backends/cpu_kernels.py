@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 # What the instruction sets are called, in the order of csrc/cpu/kernels.h.
 _NAMES = ("none", "AVX2", "AVX-512", "AVX-512 with bfloat16")
@@ -21,7 +22,8 @@ _NAMES = ("none", "AVX2", "AVX-512", "AVX-512 with bfloat16")
 # The numbers that csrc/dtype.h gives them.
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-_INT32_MAX = 2**31 - 1
+# Sums of places stay within 31 bits.
+_MOST_TOKENS = 2**31 - 2**16
 _LOG2_E = 1.4426950408889634
 
 
@@ -56,25 +58,43 @@ def instructions() -> str:
     return _NAMES[isa]
 
 
-def _has_amx() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+def _left_to_pytorch() -> tuple[torch.dtype, ...]:
+    """The dtypes that PyTorch multiplies by AMX: 8 times as fast as AVX-512 by its peak rate."""
+    return tuple(
+        dtype
+        for dtype, name in (
+            (torch.bfloat16, "_is_amx_tile_supported"),
+            (torch.float16, "_is_amx_fp16_supported"),
+        )
+        if getattr(torch.cpu, name, lambda: False)()
+    )
 
 
-# Its tiles multiply bfloat16 and float16 some 8 times as fast as AVX-512 does, and PyTorch's GEMMs
-# and attention use them.
-_LEFT_TO_PYTORCH = (torch.bfloat16, torch.float16) if _has_amx() else ()
+_LEFT_TO_PYTORCH = _left_to_pytorch()
 
 
-def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether :func:`attention` runs these ``(total, H, D)``."""
+def _have_addresses(*tensors: Tensor | None) -> bool:
+    """Whether these are plain tensors that nobody traces, with memory of their own."""
+    return (
+        all(t is None or type(t) in (Tensor, Parameter) for t in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+    )
+
+
+def attends(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, relative_bias: Tensor | None
+) -> bool:
+    """Whether :func:`attention` runs these operands of the op."""
     total, _, head_size = q.shape
     return (
         isa > 0
+        and _have_addresses(q, k, v, cu_seqlens, relative_bias)
         and q.dtype in _NUMBERS
         and q.dtype not in _LEFT_TO_PYTORCH
         and head_size % 16 == 0
         and head_size > 0
-        and total <= _INT32_MAX
+        and total <= _MOST_TOKENS
         and q.stride(2) == k.stride(2) == v.stride(2) == 1
     )
 
@@ -95,7 +115,7 @@ def attention(
     out = q.new_empty(q.shape)
     if out.numel() == 0:
         return out
-    max_seqlen = min(max_seqlen, total)
+    max_seqlen = max(1, min(max_seqlen, total))
     bias = None
     if relative_bias is not None:
         bias = by_distance(relative_bias.float() * _LOG2_E, max_seqlen)
@@ -137,6 +157,7 @@ def normalises(x: Tensor, *others: Tensor | None) -> bool:
     """Whether :func:`add_layer_norm` runs rows ``x`` with these residuals and vectors."""
     return (
         isa > 0
+        and _have_addresses(x, *others)
         and x.dtype in _NUMBERS
         and x.shape[1] % 16 == 0
         and 0 < x.shape[1] <= _MAX_WIDTH

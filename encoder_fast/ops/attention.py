@@ -50,7 +50,8 @@ def attention(
         ``(total, H, D)``, contiguous, in q's dtype.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices don't fit.
+        ValueError: shapes, strides, dtypes or devices don't fit; on ``cpu`` also what
+            ``cu_seqlens`` and ``max_seqlen`` hold.
         BackendUnavailableError: the backend can't run there.
     """
     if q.dim() != 3 or k.shape != q.shape or v.shape != q.shape:
