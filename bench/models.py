@@ -44,7 +44,6 @@ class Size:
         settings: for its config, of the published one.
         layers_key: what its config calls the number of layers.
         layers, cpu_layers: of the published model, and of the one that a CPU runs.
-        sdpa: whether transformers has SDPA for it.
         first_id: token ids below it are special ones, that a random text does not hold.
     """
 
@@ -54,8 +53,13 @@ class Size:
     layers: int
     cpu_layers: int
     layers_key: str = "num_hidden_layers"
-    sdpa: bool = True
     first_id: int = 1000
+
+    @property
+    def sdpa(self) -> bool:
+        """Whether this version of transformers has SDPA for it."""
+        model_class = transformers.MODEL_MAPPING[getattr(transformers, self.config_class)]
+        return bool(model_class._supports_sdpa)
 
 
 SIZES = {
@@ -83,7 +87,6 @@ SIZES = {
             {**_BASE, "vocab_size": 30527, "max_position_embeddings": 514},
             layers=12,
             cpu_layers=3,
-            sdpa=False,
         ),
         Size(
             "DeBERTa-v3-base",
@@ -104,7 +107,6 @@ SIZES = {
             },
             layers=12,
             cpu_layers=3,
-            sdpa=False,
         ),
         Size(
             "ModernBERT-base",
@@ -142,7 +144,6 @@ SIZES = {
             },
             layers=12,
             cpu_layers=3,
-            sdpa=False,
         ),
         # RoBERTa's layers, under classes of their own; with RoBERTa's words, for more take no time.
         Size(

@@ -33,7 +33,10 @@ def call_for(family: str, head: str, kind: str) -> dict:
     return {name: value for name, value in call.items() if value is not None}
 
 
-TEXT_HEADS = ("ForSequenceClassification", "ForMultipleChoice")
+TEXT_HEADS = (
+    *("ForSequenceClassification", "ForMultipleChoice"),
+    *("ForPreTraining", "ForNextSentencePrediction"),
+)
 
 
 @pytest.mark.parametrize("kind", ["none", "right", "holes", "empty_row", "left"])

@@ -21,11 +21,16 @@ from encoder_fast.parity import compare
 MASKS = ("none", "right", "holes", "empty_row", "left", "mixed")
 
 
+# Their few numbers a text are enough of them in many texts alone (see test_families).
+TEXT_HEADS = ("PreTraining", "NextSentencePrediction", "SequenceClassification", "MultipleChoice")
+
+
 def call_for(head: str, kind: str) -> dict:
-    call = inputs(kind)
+    calls = [inputs(kind) for _ in range(16 if head.endswith(TEXT_HEADS) else 1)]
+    call = {name: torch.cat([one[name] for one in calls]) for name in calls[0]}
     if head == "BertForMultipleChoice":
-        # two questions of two choices
-        return {name: value.view(2, 2, -1) for name, value in call.items()}
+        # questions of two choices
+        return {name: value.view(-1, 2, value.shape[1]) for name, value in call.items()}
     return call
 
 
