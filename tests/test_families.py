@@ -39,15 +39,22 @@ TEXT_HEADS = (
 )
 
 
+def many_texts_for(family: str, head: str, kind: str) -> dict:
+    """A call to judge the numbers by.
+
+    A head for whole texts gives so few of them that their worst error is a matter of luck: by one
+    call's four logits, PyTorch's own operations broke the rule. It gets 16 times as many texts.
+    """
+    calls = [call_for(family, head, kind) for _ in range(16 if head in TEXT_HEADS else 1)]
+    return {name: torch.cat([one[name] for one in calls]) for name in calls[0]}
+
+
 @pytest.mark.parametrize("kind", ["none", "right", "holes", "empty_row", "left"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("family", "head"), zoo.CASES, ids=lambda case: case)
 def test_parity(family: str, head: str, dtype: str, kind: str) -> None:
     model = zoo.build(family, head).to(DTYPES[dtype])
-    # A head for whole texts gives so few numbers that their worst error is a matter of luck: by one
-    # call's four logits, PyTorch's own operations broke the rule.
-    calls = [call_for(family, head, kind) for _ in range(16 if head in TEXT_HEADS else 1)]
-    call = {name: torch.cat([one[name] for one in calls]) for name in calls[0]}
+    call = many_texts_for(family, head, kind)
     if kind == "left" and zoo.refuses_left_padding(family, head):
         with torch.inference_mode():
             expected = model(**call)[0]

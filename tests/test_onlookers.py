@@ -6,7 +6,7 @@ import pytest
 import torch
 import zoo
 from berts import DEVICE, DTYPES, inputs, tiny
-from test_families import call_for
+from test_families import call_for, many_texts_for
 from torch import Tensor, nn
 
 import encoder_fast
@@ -39,7 +39,7 @@ def test_rows_of_every_kind_beside_each_other(family: str, head: str, dtype: str
     """Also what is pooled, each hidden state and the logits; padding alone in column 0 is in
     test_families."""
     model = zoo.build(family, head).to(DTYPES[dtype])
-    report = encoder_fast.check_parity(model, call_for(family, head, "mixed"))
+    report = encoder_fast.check_parity(model, many_texts_for(family, head, "mixed"))
     assert report.ok, str(report)
 
 
@@ -48,8 +48,9 @@ def test_random_masks(family: str) -> None:
     torch.manual_seed(1)
     model = encoder_fast.patch(zoo.build(family, "ForSequenceClassification"), strict=True)
     for density in (0.1, 0.5, 0.9):
-        call = call_for(family, "ForSequenceClassification", "right")
-        call["attention_mask"] = (torch.rand(4, 21, device=DEVICE) < density).long()
+        call = many_texts_for(family, "ForSequenceClassification", "right")
+        shape = call["attention_mask"].shape
+        call["attention_mask"] = (torch.rand(shape, device=DEVICE) < density).long()
         report = encoder_fast.check_parity(model, call)
         assert report.ok, str(report)
 
@@ -57,7 +58,7 @@ def test_random_masks(family: str) -> None:
 def test_rotary_positions_and_a_window_wider_than_the_rows() -> None:
     model = zoo.build("modernbert", "ForSequenceClassification", local_attention=40)
     for kind in ("left", "mixed"):
-        call = call_for("modernbert", "ForSequenceClassification", kind)
+        call = many_texts_for("modernbert", "ForSequenceClassification", kind)
         report = encoder_fast.check_parity(model, call)
         assert report.ok, str(report)
 
