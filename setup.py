@@ -197,6 +197,8 @@ class BuildByNinja(build_ext):
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         jobs = os.environ.get("MAX_JOBS")
+        # If this build fails and is forgiven, an older one must not go into the package.
+        target.unlink(missing_ok=True)
         try:
             subprocess.run(
                 [*command, "-C", str(folder), *(["-j", jobs] if jobs else [])],

@@ -94,7 +94,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [16, 32, 48, 64, 80, 96, 112, 128, 144])
+@pytest.mark.parametrize("size", [16, 32, 48, 64, 80, 96, 112, 128, 192])
 @pytest.mark.usefixtures("isa")
 def test_attention(size: int, dtype: str, counts: str) -> None:
     lengths = COUNTS[counts]
@@ -300,11 +300,11 @@ def _spied(original: Callable[..., object], name: str, calls: list[str]) -> Call
     return spy
 
 
-@pytest.mark.parametrize("why", ["no kernels", "head size", "AMX"])
+@pytest.mark.parametrize("why", ["no kernels", "head size", "wide heads", "AMX"])
 def test_what_is_left_to_pytorch(
     why: str, seen: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size, dtype = (24 if why == "head size" else 16), torch.float32
+    size, dtype = {"head size": 24, "wide heads": 208}.get(why, 16), torch.float32
     if why == "no kernels":
         monkeypatch.setattr(cpu_kernels, "isa", 0)
     elif why == "AMX":
@@ -358,6 +358,31 @@ def test_add_layer_norm(width: int, dtype: str, affine: bool, terms: str) -> Non
         check(both[1], eager[1], wide[1])
 
 
+@pytest.mark.usefixtures("isa")
+def test_rows_of_equal_elements() -> None:
+    # eps is as BERT's: what is left of the mean would come out a thousand times as large
+    rows = torch.randn(100, 1).expand(100, 768).contiguous()
+    output = add_layer_norm(rows, eps=1e-12, backend="cpu")
+    assert torch.equal(output, torch.zeros_like(rows))
+    assert add_layer_norm(rows, eps=0.0, backend="cpu").isnan().all()
+
+
+def test_operands_that_do_not_fit_are_left_to_pytorch() -> None:
+    q, bounds = torch.randn(9, 2, 16), cumulative([9])
+    assert cpu_kernels.attends(q, q, q, bounds, torch.randn(2, 3))
+    assert not cpu_kernels.attends(q, q[:3], q, bounds, None)
+    assert not cpu_kernels.attends(q, q, q.half(), bounds, None)
+    assert not cpu_kernels.attends(q, q, q, bounds.long(), None)
+    assert not cpu_kernels.attends(q, q, q, torch.zeros(4, dtype=torch.int32)[::2], None)
+    assert not cpu_kernels.attends(q, q, q, bounds, torch.randn(1, 3))
+    rows = torch.randn(4, 32)
+    assert not cpu_kernels.normalises(rows, rows[:1], None)
+    assert not cpu_kernels.normalises(rows, None, rows[0, :16])
+    zeros = torch._efficientzerotensor((4, 32))
+    assert not cpu_kernels.normalises(zeros, None, None)
+    assert not cpu_kernels.normalises(rows, torch._neg_view(rows), None)
+
+
 def test_no_rows() -> None:
     assert add_layer_norm(torch.empty(0, 32), backend="cpu").shape == (0, 32)
 
@@ -399,8 +424,9 @@ print(cpu_kernels.why_not())
     [
         ("sys.modules['encoder_fast._cpu'] = None", "_cpu is not built; that takes a C++ compiler"),
         ("encoder_fast.__path__.insert(0, {folder!r})", "_cpu does not load: "),
+        ("sys.modules['encoder_fast._cpu'] = sys", "_cpu was built from other sources"),
     ],
-    ids=["missing", "broken"],
+    ids=["missing", "broken", "other sources"],
 )
 def test_a_model_runs_without_the_extension(hide: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not ELF")

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -116,6 +117,11 @@ def test_a_compiler_that_cannot_costs_speed_alone(
     copy = tmp_path / "source"
     shutil.copytree(source, copy, symlinks=True)
     environment = {"CXX": str(compiler), "ENCODER_FAST_BUILD_CPU": ""}
+    # What an earlier build has left would be packed.
+    name = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    lib = copy / "build" / f"lib.linux-x86_64-{sys.implementation.cache_tag}"
+    (lib / "encoder_fast").mkdir(parents=True)
+    (lib / "encoder_fast" / name).write_bytes(b"old")
     result = run([*WHEEL], copy, **environment)
     assert "failed" in result.stderr and succeed(result) is not None
     (wheel,) = wheels(copy / "dist")

@@ -1,4 +1,4 @@
-// The device code of add_layer_norm: some rows on one thread. A row stays in the first cache between
+// The kernel of add_layer_norm: some rows on one thread. A row stays in the first cache between
 // its passes.
 
 #pragma once
@@ -40,20 +40,26 @@ void add_layer_norm_rows(const AddLayerNormArguments& args, int64_t first, int64
             total = total + part;
         }
         const Vec mean = fill(sum_of_lanes(total) / static_cast<float>(width));
-        Vec squares = zeros();
+        // The mean is rounded. What it leaves, the mean of the centred row, is taken off as well: in a
+        // row of nearly equal elements it would be all that the division by their spread enlarges.
+        Vec squares = zeros(), left = zeros();
         for (int begin = 0; begin < width; begin += kBlock) {
-            Vec part = zeros();
+            Vec part = zeros(), part_left = zeros();
             for (int n = begin; n < width && n < begin + kBlock; n += kLanes) {
                 const Vec centred = load(row + n) - mean;
                 store(row + n, centred);
                 part = fma(centred, centred, part);
+                part_left = part_left + centred;
             }
             squares = squares + part;
+            left = left + part_left;
         }
-        const float variance = sum_of_lanes(squares) / static_cast<float>(width);
+        const float rest = sum_of_lanes(left) / static_cast<float>(width);
+        const float square = sum_of_lanes(squares) / static_cast<float>(width) - rest * rest;
+        const float variance = square < 0 ? 0 : square;
         const Vec inverse = fill(1.0f / __builtin_sqrtf(variance + args.eps));
         for (int n = 0; n < width; n += kLanes) {
-            Vec value = load(row + n) * inverse;
+            Vec value = (load(row + n) - fill(rest)) * inverse;
             if (weight) value = value * Io::load(weight + n);
             if (bias) value = value + Io::load(bias + n);
             Io::store(out + n, value);

@@ -13,8 +13,8 @@ namespace encoder_fast::cpu {
 
 namespace {
 
-// Tasks a thread, so that all are done at about the same time. A sequence is cut for them down to some
-// hundred queries, for each task copies the keys.
+// Tasks a thread, so that all are done at about the same time. A sequence is cut for them, but into
+// no more parts than have some 50 queries each, for each task copies the keys.
 constexpr int kTasksPerThread = 4;
 constexpr int kSmallestChunk = 96;
 static_assert(kSmallestChunk % kRows == 0 && kQueryChunk % kSmallestChunk == 0);

@@ -1,4 +1,4 @@
-// The device code of attention: one task on one thread, in the instruction set of the including file.
+// The kernel of attention: one task on one thread, in the instruction set of the including file.
 //
 // Keys go by blocks of at most kKeyBlock. Of each, keys and values are first copied into the
 // workspace, in the order in which they are read: keys in panels of kPanelVecs vectors, dimension by

@@ -55,6 +55,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("attention_workspace", attention_workspace);
     m.def("add_layer_norm", bind_add_layer_norm);
     m.def("best_isa", [] { return static_cast<int>(best_isa()); });
+    // To be changed with what any of these takes: encoder_fast/backends/cpu_kernels.py knows it too.
+    m.attr("INTERFACE") = 1;
     m.attr("BIAS_BEYOND") = kBiasBeyond;
     m.attr("MAX_WIDTH") = kMostWidth;
 }

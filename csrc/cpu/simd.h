@@ -3,7 +3,7 @@
 //
 // Everything here is in an anonymous namespace, and so are the kernels: the same functions are
 // compiled for several instruction sets, and a linker that merged two of one name could put AVX-512
-// where a processor has none. For the same reason nothing of the standard library is called.
+// where a processor has none. For the same reason no header of the standard C++ library is used.
 
 #pragma once
 
@@ -23,7 +23,7 @@ inline Vec zeros() { return _mm512_setzero_ps(); }
 inline Vec fill(float x) { return _mm512_set1_ps(x); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
-// The first `count` lanes; the rest are zeros, or stay as they are in memory.
+// The first `count` lanes; the rest are zeros, and not read.
 inline Vec load_some(const void* p, int count) {
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
 }
