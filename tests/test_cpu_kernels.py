@@ -7,11 +7,13 @@ import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from berts import DEVICE, DTYPES, inputs, tiny
+from layer_norm_oracle import layer_norm_float64
 from test_ops import check, cumulative, distance_attention
 from test_packaging import python, succeed
 
@@ -20,6 +22,7 @@ from encoder_fast.backends import cpu_attention, cpu_kernels
 from encoder_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_sum
 from encoder_fast.ops.add_layer_norm import operator as add_layer_norm_operator
 from encoder_fast.ops.attention import attention
+from encoder_fast.ops.attention import operator as attention_operator
 
 INSTRUCTIONS = ("AVX2", "AVX-512", "AVX-512 with bfloat16")
 HERE = cpu_kernels.isa
@@ -55,8 +58,20 @@ def pytorch_is_not_asked(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     def refuse(*_: object) -> None:
         raise AssertionError("the kernel was passed by")
 
-    monkeypatch.setattr(cpu_attention, "_heads_first", refuse)
+    # what attention by PyTorch calls whatever the dtype and the lengths
+    monkeypatch.setattr(cpu_attention, "_most_scores", refuse)
     monkeypatch.setattr(F, "layer_norm", refuse)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory, of results and workspaces, is NaN: what is left out or read too soon shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def new_nan(x: torch.Tensor, *size: object, **options: object) -> torch.Tensor:
+        return new_empty(x, *size, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_nan)
 
 
 def attend_and_check(
@@ -128,6 +143,23 @@ def test_attention_by_distance(dtype: str, option: str) -> None:
         attend_and_check(qkv, counts, None, torch.randn(3, 2 * int(number) + 1).to(DTYPES[dtype]))
 
 
+# Biases that end within a sequence, and behind all of them.
+@pytest.mark.parametrize("option", ["plain", "window-10", "bias-3", "bias-900"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("isa", "poisoned")
+def test_nothing_is_read_or_left_out_beside_a_sequence(dtype: str, option: str) -> None:
+    kind, _, number = option.partition("-")
+    counts = [511, 0, 512, 1, 513]
+    used = sum(counts)
+    around = torch.full((64 + used + 64, 3, 2, 48), float("nan"), dtype=DTYPES[dtype])
+    qkv = around[64:]
+    qkv[:used] = torch.randn(used, 3, 2, 48)
+    window = int(number) if kind == "window" else None
+    bias = torch.randn(2, 2 * int(number) + 1) if kind == "bias" else None
+    output = attend_and_check(qkv, counts, window, bias)
+    assert (output[used:] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("isa")
 def test_strides(dtype: str) -> None:
@@ -155,6 +187,20 @@ def test_a_nan_stays_in_its_sequence_and_shows_there(dtype: str) -> None:
     assert output[50:100, 1].isfinite().all()
 
 
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("isa")
+def test_a_nan_goes_where_eager_takes_it(dtype: str, part: str) -> None:
+    # In the second of three blocks of keys, and between two other sequences.
+    counts = [5, 600, 5]
+    qkv = torch.randn(sum(counts), 3, 2, 32).to(DTYPES[dtype])
+    qkv[5 + 300, "qkv".index(part), 1, 3] = float("nan")
+    output = attention(*qkv.unbind(1), cumulative(counts), 600, softmax_scale=0.25, backend="cpu")
+    eager = torch.cat([distance_attention(one, None, None) for one in qkv.split(counts)])
+    assert eager.isnan().any()
+    assert torch.equal(output.isnan(), eager.isnan())
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
 @pytest.mark.usefixtures("isa")
 def test_an_infinite_score_as_in_eager(value: float) -> None:
@@ -179,13 +225,29 @@ def test_large_scores(dtype: str) -> None:
     assert torch.equal(output[clear, 0], qkv[top.indices[clear, 0], 2, 0])
 
 
+# Scores about -1e4 or 1e4; of the two in turn, a block of keys is worth nothing beside the other.
+SIGNS = {"low": (-1, -1), "high": (1, 1), "rising": (-1, 1), "falling": (1, -1)}
+
+
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("isa", "poisoned")
+def test_scores_far_from_0(dtype: str, signs: str) -> None:
+    qkv = torch.randn(700, 3, 1, 16)
+    first, then = SIGNS[signs]
+    qkv[:, 0, 0, 0] = 100
+    qkv[:300, 1, 0, 0] = 400 * first
+    qkv[300:, 1, 0, 0] = 400 * then
+    attend_and_check(qkv.to(DTYPES[dtype]), [700])
+
+
 @pytest.mark.parametrize("window", [None, 70])
 @pytest.mark.parametrize("counts", [[1], [700], [3] * 5, [1200, 2, 900]])
 @pytest.mark.usefixtures("isa", "threads")
 def test_the_number_of_threads_changes_no_bit(counts: list[int], window: int | None) -> None:
     qkv = torch.randn(sum(counts), 3, 3, 32)
     outputs = []
-    for number in (1, 2, 3, 16):
+    for number in (1, 2, 3, 7, 16):
         torch.set_num_threads(number)
         attended = attention(
             *qkv.unbind(1), cumulative(counts), max(counts), window_size=window, backend="cpu"
@@ -239,25 +301,27 @@ def test_no_sequence(total: int, counts: list[int], bias: torch.Tensor | None) -
     assert torch.equal(output, torch.zeros(total, 2, 16))
 
 
-def test_other_defaults_of_device_and_dtype() -> None:
+REST = (None, None, None, 1e-5, None, "cpu")  # add_layer_norm's arguments behind x
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.float64], ids=["fp16", "fp64"])
+def test_other_defaults_of_device_and_dtype(default: torch.dtype) -> None:
     qkv = torch.randn(40, 3, 2, 32)
     bias, cu_seqlens = torch.randn(2, 21), cumulative([33, 7])
 
+    # As the engine does: the dispatcher, past which this goes, would put the default device aside.
     def call() -> torch.Tensor:
-        return attention(*qkv.unbind(1), cu_seqlens, 33, relative_bias=bias, backend="cpu")
+        return attention_operator.run(*qkv.unbind(1), cu_seqlens, 33, 0.25, None, bias, "cpu")
 
     expected = call()
     try:
-        torch.set_default_dtype(torch.float16)
+        torch.set_default_dtype(default)
         with torch.device("meta"):
             output = call()
-            normed = add_layer_norm(qkv.flatten(1), backend="cpu")
+            normed = add_layer_norm_operator.run(qkv.flatten(1), *REST)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(output, expected) and normed.device.type == "cpu"
-
-
-REST = (None, None, None, 1e-5, None, "cpu")  # add_layer_norm's arguments behind x
 
 
 def test_a_tensor_without_memory_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +351,7 @@ def test_a_tensor_without_memory_is_left_to_pytorch(monkeypatch: pytest.MonkeyPa
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What PyTorch was asked for."""
     calls: list[str] = []
-    for place, name in ((cpu_attention, "_heads_first"), (F, "layer_norm")):
+    for place, name in ((cpu_attention, "_most_scores"), (F, "layer_norm")):
         monkeypatch.setattr(place, name, _spied(getattr(place, name), name, calls))
     return calls
 
@@ -312,7 +376,38 @@ def test_what_is_left_to_pytorch(
         monkeypatch.setattr(cpu_kernels, "_LEFT_TO_PYTORCH", (torch.bfloat16,))
         monkeypatch.setattr(cpu_attention, "has_onednn", lambda dtype: True)
     attend_and_check(torch.randn(170, 3, 2, size).to(dtype), [100, 70])
-    assert seen == ["_heads_first"]
+    assert seen == ["_most_scores"]
+
+
+# A window of fewer keys than a block of its queries, and of more than a sequence has.
+@pytest.mark.parametrize("option", ["plain", "window-20", "window-200", "bias-10", "bias-300"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [16, 24])
+@pytest.mark.usefixtures("seen")
+def test_attention_by_pytorch(
+    size: int, dtype: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "attention", None)  # a call of it is an error
+    if size % 16 == 0:
+        monkeypatch.setattr(cpu_kernels, "isa", 0)
+    kind, _, number = option.partition("-")
+    counts = [15, 0, 1, 63, 64, 65, 257]
+    qkv = torch.randn(sum(counts) + 3, 3, 2, size).to(DTYPES[dtype])
+    window = int(number) if kind == "window" else None
+    bias = torch.randn(2, 2 * int(number) + 1) if kind == "bias" else None
+    output = attend_and_check(qkv, counts, window, bias)
+    assert (output[sum(counts) :] == 0).all()
+
+
+def test_float64_is_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "attention", None)
+    qkv, bounds = torch.randn(40, 3, 2, 32, dtype=torch.float64), cumulative([40])
+    assert not cpu_kernels.attends(*qkv.unbind(1), bounds, None)
+    assert not cpu_kernels.normalises(qkv.flatten(1), None)
+    output = attention(*qkv.unbind(1), bounds, 40, softmax_scale=0.25, backend="reference")
+    exact = distance_attention(qkv, None, None)
+    assert output.dtype == torch.float64
+    check(output, exact, exact)
 
 
 def test_norms_that_are_left_to_pytorch(seen: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,6 +478,50 @@ def test_operands_that_do_not_fit_are_left_to_pytorch() -> None:
     assert not cpu_kernels.normalises(rows, torch._neg_view(rows), None)
 
 
+def norm_and_check(
+    x: torch.Tensor, vectors: dict[str, torch.Tensor], residual: torch.Tensor | None = None
+) -> None:
+    x_bias, weight, bias = (vectors.get(name) for name in ("x_bias", "weight", "bias"))
+    terms = [term for term in (x, x_bias, residual) if term is not None]
+    total = sum(terms[1:], terms[0])
+    eager = torch.layer_norm(total, x.shape[1:], weight, bias, 1e-5)
+    # the oracle stacks its terms, and a vector is one for every row
+    exact = layer_norm_float64([t.expand_as(x) for t in terms], weight, bias, 1e-5)
+    output = add_layer_norm(x, residual, weight, bias, 1e-5, x_bias=x_bias, backend="cpu")
+    check(output, eager, exact)
+    if residual is not None:
+        both = add_layer_norm_sum(x, residual, weight, bias, 1e-5, x_bias=x_bias, backend="cpu")
+        assert torch.equal(both[0], output)
+        check(both[1], total, sum(t.double() for t in terms))
+
+
+VECTORS = ("x_bias", "weight", "bias")
+
+
+@pytest.mark.parametrize("names", ["x_bias", "weight", "bias", "x_bias+weight"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("isa", "poisoned")
+def test_a_norm_with_some_of_its_vectors(dtype: str, names: str) -> None:
+    # 1366 rows of 48 are as many as one share takes, and one row more.
+    x = torch.randn(1366, 48).to(DTYPES[dtype])
+    norm_and_check(x, {name: torch.randn(48).to(x.dtype) for name in names.split("+")})
+
+
+@pytest.mark.parametrize("width", [24, 48])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("seen")
+def test_a_norm_by_pytorch(dtype: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "add_layer_norm", None)  # a call of it is an error
+    if width % 16 == 0:
+        monkeypatch.setattr(cpu_kernels, "isa", 0)
+    x, residual = torch.randn(2, 37, width).to(DTYPES[dtype])
+    vectors = dict(zip(VECTORS, torch.randn(3, width).to(x.dtype), strict=True))
+    for names in ((), VECTORS):
+        some = {name: vectors[name] for name in names}
+        norm_and_check(x, some)
+        norm_and_check(x, some, residual)
+
+
 def test_no_rows() -> None:
     assert add_layer_norm(torch.empty(0, 32), backend="cpu").shape == (0, 32)
 
@@ -397,6 +536,35 @@ def test_a_whole_model(dtype: str, seen: list[str]) -> None:
     assert not seen
     result = encoder_fast.check_parity(model, inputs("right"))
     assert result.ok, result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_whole_model_by_pytorch(
+    dtype: str, seen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_kernels, "isa", 0)
+    model = tiny().to(DTYPES[dtype])
+    encoder_fast.patch(model, strict=True)
+    with torch.inference_mode():
+        model(**inputs("right"))
+    assert {"_most_scores", "layer_norm"} <= set(seen)
+    result = encoder_fast.check_parity(model, inputs("right"))
+    assert result.ok, result
+
+
+def test_the_names_of_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, name in enumerate(("none", *INSTRUCTIONS)):
+        monkeypatch.setattr(cpu_kernels, "isa", number)
+        assert cpu_kernels.instructions() == name
+
+
+def test_a_processor_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        sys.modules,
+        "encoder_fast._cpu",
+        SimpleNamespace(best_isa=lambda: 0, INTERFACE=cpu_kernels._INTERFACE),
+    )
+    assert cpu_kernels._load() == (None, "this processor lacks AVX2, FMA or F16C")
 
 
 def test_what_info_says(monkeypatch: pytest.MonkeyPatch) -> None:

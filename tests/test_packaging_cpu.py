@@ -84,7 +84,7 @@ def test_no_instruction_strays(built: Path, isa: str) -> None:
     # Of a function that two objects define, the linker keeps one, for all processors; and what is
     # initialised at the start runs on all of them.
     (compiled,) = (built / "build").rglob(f"cpu.isa_{isa}.cpp.o")
-    symbols = re.findall(r"^[0-9a-f]+ ([A-Z]) (\S+)", listing("nm", "-C", compiled), re.MULTILINE)
+    symbols = re.findall(r"^[0-9a-f]+ ([A-Zu]) (\S+)", listing("nm", "-C", compiled), re.MULTILINE)
     ((kind, name),) = symbols
     assert kind in "DR" and name.endswith("Kernels"), "the table of kernels and nothing else"
     assert ".init_array" not in listing("readelf", "-S", compiled)
@@ -144,6 +144,18 @@ def test_without_a_compiler(source: Path, build_tools: None, tmp_path: Path) -> 
     asked = run([*WHEEL], copy, **{**environment, "ENCODER_FAST_BUILD_CPU": "1"})
     assert asked.returncode != 0
     assert "ENCODER_FAST_BUILD_CPU=1, but there is no C++ compiler" in asked.stderr
+
+
+def test_none_is_built_where_none_is_wanted(source: Path, build_tools: None) -> None:
+    code = (
+        "import setuptools, sys\n"
+        "setuptools.setup = lambda **_: None\n"
+        "sys.path.insert(0, '.')\n"
+        "from setup import CPU, extension\n"
+        "print(extension('x', 'CPU', CPU, None))\n"
+    )
+    wanted = {"ENCODER_FAST_BUILD_CPU": "0", "CXX": "c++"}
+    assert succeed(run([sys.executable, "-c", code], source, **wanted)) == "[]"
 
 
 def test_a_setting_that_means_nothing(source: Path) -> None:
