@@ -68,7 +68,7 @@ def compiler() -> list[str]:
 def missing() -> str | None:
     """What keeps any extension from being built here."""
     if shutil.which(compiler()[0]) is None:
-        return "there is no C++ compiler"
+        return f"there is no C++ compiler {compiler()[0]!r}"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
         return f"there is no Python.h in {sysconfig.get_paths()['include']}"
     if find_spec("pybind11") is None:

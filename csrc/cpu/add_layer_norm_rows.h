@@ -40,8 +40,8 @@ void add_layer_norm_rows(const AddLayerNormArguments& args, int64_t first, int64
             total = total + part;
         }
         const Vec mean = fill(sum_of_lanes(total) / static_cast<float>(width));
-        // The mean is rounded. What it leaves, the mean of the centred row, is taken off as well: in a
-        // row of nearly equal elements it would be all that the division by their spread enlarges.
+        // The mean is rounded. What it leaves, the mean of the centred row, is taken off as well:
+        // in a row of nearly equal elements it would be all that the division enlarges.
         Vec squares = zeros(), left = zeros();
         for (int begin = 0; begin < width; begin += kBlock) {
             Vec part = zeros(), part_left = zeros();

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -37,17 +35,13 @@ std::vector<AttentionTask> tasks_of(const AttentionArguments& args, int chunk) {
     return tasks;
 }
 
-void check(const AttentionArguments& args) {
+bool fits(const AttentionArguments& args) {
     bool fits = args.cu_seqlens[0] == 0 && args.cu_seqlens[args.batch] <= args.total;
     for (int b = 0; b < args.batch; ++b) {
         const int64_t length = int64_t{args.cu_seqlens[b + 1]} - args.cu_seqlens[b];
         fits = fits && length >= 0 && length <= args.max_seqlen;
     }
-    if (!fits)
-        throw std::invalid_argument(
-            "cu_seqlens must begin with 0, never fall, end with " + std::to_string(args.total) +
-            " at most, and have no sequence longer than max_seqlen=" +
-            std::to_string(args.max_seqlen));
+    return fits;
 }
 
 void clear_rows_behind(const AttentionArguments& args) {
@@ -60,13 +54,14 @@ void clear_rows_behind(const AttentionArguments& args) {
 }  // namespace
 
 int64_t attention_workspace(int head_size) {
-    const int64_t floats = int64_t{2} * kKeyBlock * head_size + int64_t{kRows} * (kKeyBlock + head_size) +
-                           int64_t{kQueryChunk} * (2 + head_size);
+    const int64_t size = head_size;
+    const int64_t floats =
+        2 * kKeyBlock * size + kRows * (kKeyBlock + size) + kQueryChunk * (2 + size);
     return (floats + 15) / 16 * 16;
 }
 
-void attention(const AttentionArguments& args, int isa, int threads) {
-    check(args);
+bool attention(const AttentionArguments& args, int isa, int threads) {
+    if (!fits(args)) return false;
     clear_rows_behind(args);
     int chunk = kQueryChunk;
     std::vector<AttentionTask> tasks = tasks_of(args, chunk);
@@ -84,6 +79,7 @@ void attention(const AttentionArguments& args, int isa, int threads) {
     parallel_for(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int thread) {
         kernels.attend(args, tasks[i], args.workspace + thread * workspace);
     });
+    return true;
 }
 
 }  // namespace encoder_fast::cpu

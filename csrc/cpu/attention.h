@@ -41,8 +41,8 @@ struct AttentionArguments {
 
 constexpr int kBiasBeyond = 64;
 
-// Keys whose scores are held at a time, queries that meet them together, and the most queries of one
-// task.
+// Keys whose scores are held at a time, queries that meet them together, and the most queries of
+// one task.
 constexpr int kKeyBlock = 256;
 constexpr int kRows = 6;
 constexpr int kQueryChunk = 768;
@@ -58,7 +58,8 @@ struct AttentionTask {
 // In floats, for one thread.
 int64_t attention_workspace(int head_size);
 
-// Throws std::invalid_argument if cu_seqlens is not what it should be.
-void attention(const AttentionArguments& arguments, int isa, int threads);
+// False, and nothing is written, if cu_seqlens does not begin with 0, falls, ends behind total or
+// has a sequence longer than max_seqlen.
+bool attention(const AttentionArguments& arguments, int isa, int threads);
 
 }  // namespace encoder_fast::cpu

@@ -1,11 +1,11 @@
 // The kernel of attention: one task on one thread, in the instruction set of the including file.
 //
 // Keys go by blocks of at most kKeyBlock. Of each, keys and values are first copied into the
-// workspace, in the order in which they are read: keys in panels of kPanelVecs vectors, dimension by
-// dimension, so that a vector holds one dimension of many keys; values row by row. Then kRows queries
-// at a time meet the block: their scores stay in the first cache, become probabilities there, and
-// weigh the values. Between blocks a softmax goes on as in FlashAttention (arXiv:2205.14135), with
-// float32 sums.
+// workspace, in the order in which they are read: keys in panels of kPanelVecs vectors, dimension
+// by dimension, so that a vector holds one dimension of many keys; values row by row. Then kRows
+// queries at a time meet the block: their scores stay in the first cache, become probabilities
+// there, and weigh the values. Between blocks a softmax goes on as in FlashAttention
+// (arXiv:2205.14135), with float32 sums.
 //
 // Products take words of 32 bits: a float, or a pair of bfloat16 that one instruction multiplies
 // (AVX512_BF16). Pairs are of neighbouring dimensions in q kᵀ, of neighbouring keys in p v.
@@ -340,8 +340,8 @@ class Task {
 #pragma GCC unroll 4
                 for (int v = 0; v < kVecCount; ++v) acc[r][v] = zeros();
             multiply<Product>(p, values, args_.head_size, steps, acc);
-            // What was summed before comes last: the fewer terms a running sum has, the fewer digits
-            // it loses.
+            // What was summed before comes last: the fewer terms a running sum has, the fewer
+            // digits it loses.
             if (!sums.is_first)
 #pragma GCC unroll 6
                 for (int r = 0; r < kRowCount; ++r)

@@ -1,5 +1,5 @@
 // What Python calls: pointers, sizes and strides as plain integers, absence as a null pointer.
-// Nothing but cu_seqlens is checked here; encoder_fast/backends/cpu_kernels.py does the rest.
+// Nothing is checked here, but by attention what cu_seqlens holds; cpu_kernels.py does the rest.
 
 #include <pybind11/pybind11.h>
 
@@ -14,13 +14,13 @@ using Address = uintptr_t;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
-void bind_attention(Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row,
+bool bind_attention(Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row,
                     int64_t k_head, Address v, int64_t v_row, int64_t v_head, Address out,
                     Address cu_seqlens, int total, int batch, int max_seqlen, int heads,
                     int head_size, float softmax_scale, int window, Address bias,
                     int64_t bias_stride, Address workspace, int dtype, int isa, int threads) {
     pybind11::gil_scoped_release released;
-    attention({{pointer(q), q_row, q_head},
+    return attention({{pointer(q), q_row, q_head},
                {pointer(k), k_row, k_head},
                {pointer(v), v_row, v_head},
                pointer(out),
@@ -55,8 +55,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("attention_workspace", attention_workspace);
     m.def("add_layer_norm", bind_add_layer_norm);
     m.def("best_isa", [] { return static_cast<int>(best_isa()); });
-    // To be changed with what any of these takes: encoder_fast/backends/cpu_kernels.py knows it too.
-    m.attr("INTERFACE") = 1;
+    // To be changed with what any of these takes or gives; cpu_kernels.py knows it too.
+    m.attr("INTERFACE") = 2;
     m.attr("BIAS_BEYOND") = kBiasBeyond;
     m.attr("MAX_WIDTH") = kMostWidth;
 }

@@ -1,9 +1,9 @@
 // Work shared among threads.
 //
-// The threads are those of the OpenMP library that PyTorch has loaded: this extension links none, so
-// that its threads and PyTorch's are the same and never compete. It needs one function, which GNU's,
-// LLVM's and Intel's libraries have, and calls it by name: what `#pragma omp` becomes is up to the
-// compiler.
+// The threads are those of the OpenMP library that PyTorch has loaded: this extension links none,
+// so that its threads and PyTorch's are the same and never compete. It needs one function, which
+// GNU's, LLVM's and Intel's libraries have, and calls it by name: what `#pragma omp` becomes is up
+// to the compiler.
 
 #pragma once
 

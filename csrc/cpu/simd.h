@@ -1,5 +1,5 @@
-// A vector of floats as wide as the instruction set that the including file is compiled for, and what
-// the kernels do with it.
+// A vector of floats as wide as the instruction set that the including file is compiled for, and
+// what the kernels do with it.
 //
 // Everything here is in an anonymous namespace, and so are the kernels: the same functions are
 // compiled for several instruction sets, and a linker that merged two of one name could put AVX-512
@@ -35,9 +35,10 @@ inline float max_of_lanes(Vec x) { return _mm512_reduce_max_ps(x); }
 
 // `x` in the lanes from `first` to before `last`, elsewhere `other`.
 inline Vec keep(Vec x, int first, int last, Vec other) {
-    const uint32_t below_last = last >= kLanes ? 0xffffu : last <= 0 ? 0u : (1u << last) - 1;
-    const uint32_t below_first = first >= kLanes ? 0xffffu : first <= 0 ? 0u : (1u << first) - 1;
-    return _mm512_mask_mov_ps(other, static_cast<__mmask16>(below_last & ~below_first), x);
+    const auto below = [](int lane) {
+        return lane >= kLanes ? 0xffffu : lane <= 0 ? 0u : (1u << lane) - 1;
+    };
+    return _mm512_mask_mov_ps(other, static_cast<__mmask16>(below(last) & ~below(first)), x);
 }
 
 // x · 2^n for a whole n; 0 where that is too small for a float.
@@ -47,7 +48,8 @@ inline Vec nearest_integer(Vec x) {
 }
 
 inline Vec load(const uint16_t* bf16) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16)));
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
+    const __m512i wide = _mm512_cvtepu16_epi32(narrow);
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 inline Vec load_half(const uint16_t* fp16) {
@@ -60,7 +62,8 @@ inline void store_half(uint16_t* fp16, Vec x) {
 inline void store(uint16_t* bf16, Vec x) {
 #if defined(__AVX512BF16__)
     const __m256bh rounded = _mm512_cvtneps_pbh(x);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16), reinterpret_cast<const __m256i&>(rounded));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bf16),
+                        reinterpret_cast<const __m256i&>(rounded));
 #else
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -138,7 +141,8 @@ inline Vec nearest_integer(Vec x) {
 }
 
 inline Vec load(const uint16_t* bf16) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16)));
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
+    const __m256i wide = _mm256_cvtepu16_epi32(narrow);
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline Vec load_half(const uint16_t* fp16) {

@@ -59,6 +59,7 @@ def attention(
     total, num_heads, head_size = q.shape
     out = q.new_empty(total, num_heads, head_size)
     bounds = cu_seqlens.tolist()
+    cpu_kernels.check_bounds(bounds, total, max_seqlen)
     lengths = [stop - start for start, stop in pairwise(bounds)]
     batch_size, longest = len(lengths), max(lengths, default=0)
     window = edges = by_distance = None

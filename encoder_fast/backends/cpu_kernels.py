@@ -10,6 +10,7 @@ slowly; :func:`why_not` says so.
 from __future__ import annotations
 
 import importlib
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -29,8 +30,9 @@ _WIDEST_FLOATS, _WIDEST = 192, 1024
 
 # Sums of places stay within 31 bits.
 _MOST_TOKENS = 2**31 - 2**16
+
 # What the extension has under this name, if both are of the same sources.
-_INTERFACE = 1
+_INTERFACE = 2
 
 _LOG2_E = 1.4426950408889634
 
@@ -59,6 +61,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
 _extension, _reason = _load()
 isa: int = 0 if _extension is None else _extension.best_isa()
 """The instruction set in use: a place in ``_NAMES``."""
+
+_MAX_WIDTH: int = 0 if _extension is None else _extension.MAX_WIDTH
 
 
 def why_not() -> str | None:
@@ -138,15 +142,15 @@ def attention(
     out = q.new_empty(q.shape)
     if num_heads == 0:
         return out
-    max_seqlen = max(1, min(max_seqlen, total))
+    max_seqlen = min(max_seqlen, total)
     bias = None
     if relative_bias is not None:
-        bias = by_distance(relative_bias.float() * _LOG2_E, max_seqlen)
+        bias = by_distance(relative_bias.float() * _LOG2_E, max(1, max_seqlen))
         bias = F.pad(bias, (0, _extension.BIAS_BEYOND))
     threads = torch.get_num_threads()
     floats = threads * _extension.attention_workspace(head_size)
     workspace = q.new_empty(floats, dtype=torch.float32)
-    _extension.attention(
+    fits = _extension.attention(
         *(q.data_ptr(), q.stride(0), q.stride(1)),
         *(k.data_ptr(), k.stride(0), k.stride(1)),
         *(v.data_ptr(), v.stride(0), v.stride(1)),
@@ -166,7 +170,28 @@ def attention(
         isa,
         threads,
     )
+    if not fits:
+        check_bounds(cu_seqlens.tolist(), total, max_seqlen)
     return out
+
+
+def check_bounds(bounds: list[int], total: int, max_seqlen: int) -> None:
+    """Raise ``ValueError`` unless ``bounds`` are those of sequences of ``total`` tokens."""
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    if bounds[0] != 0 or bounds[-1] > total or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens must begin with 0, never fall and end with {total} tokens at most, "
+            f"got {_abridged(bounds)}"
+        )
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(
+            f"max_seqlen must be the longest sequence or more, got {max_seqlen} for one of "
+            f"{max(lengths)} tokens"
+        )
+
+
+def _abridged(values: list[int], most: int = 20) -> str:
+    return f"[{', '.join(map(str, values[:most]))}{', …' if len(values) > most else ''}]"
 
 
 def by_distance(relative_bias: Tensor, longest: int) -> Tensor:
@@ -190,9 +215,6 @@ def normalises(x: Tensor, residual: Tensor | None, *vectors: Tensor | None) -> b
         and (residual is None or residual.shape == x.shape)
         and all(t is None or t.shape == x.shape[1:] for t in vectors)
     )
-
-
-_MAX_WIDTH: int = 0 if _extension is None else _extension.MAX_WIDTH
 
 
 def add_layer_norm(
