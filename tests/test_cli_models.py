@@ -17,7 +17,7 @@ from cli_runs import call, one_line, tiny_model
 
 import encoder_fast
 from encoder_fast.cli.checkpoint import Checkpoint
-from encoder_fast.cli.measuring import BatchResult, Rounds, Timing, mixed_lengths, race
+from encoder_fast.cli.race import Rounds
 from encoder_fast.parity import ParityReport
 
 FLOAT32 = ("--dtype", "float32")
@@ -230,39 +230,3 @@ def test_torch_compile_is_a_contestant(model: Path) -> None:
         for one in compiled:
             found = bench._checkpoint.contestant(one)
             assert isinstance(found, torch._dynamo.eval_frame.OptimizedModule)
-
-
-def test_a_race() -> None:
-    calls = []
-
-    class Named(torch.nn.Module):
-        def __init__(self, name: str) -> None:
-            super().__init__()
-            self.name = name
-
-        def forward(self, x: torch.Tensor) -> None:
-            calls.append(self.name)
-
-    models = {name: Named(name) for name in "ab"}
-    timings = race(models, {"x": torch.zeros(1)}, Rounds(3, 2, 1000))
-    # once to prepare, then in turn and twice each
-    assert "".join(calls) == "ab" + "aabb" * 3
-    assert [(t.label, len(t.seconds)) for t in timings] == [("a", 3), ("b", 3)]
-    calls.clear()
-    race(models, {"x": torch.zeros(1)}, Rounds(30, 2, 0))
-    assert "".join(calls) == "ab" + "aabb" * 2
-
-
-def test_what_times_say() -> None:
-    slow, fast = Timing("slow", (4.0, 2.0, 3.0, 5.0, 6.0)), Timing("fast", (1.0,))
-    assert slow.median == 4 and slow.spread == pytest.approx((5 - 3) / 4)
-    batch = BatchResult("b", (10, 5), (slow, fast), "slow")
-    assert batch.tokens == 15 and batch.padding == 0.25
-    assert batch.speedup(fast) == 4 and batch.speedup(slow) == 1
-
-
-def test_mixed_lengths() -> None:
-    lengths = mixed_lengths(32, 256)
-    assert lengths == sorted(lengths) and lengths[0] == 8 and lengths[-1] == 256
-    assert 0.4 < 1 - sum(lengths) / (256 * 32) < 0.6
-    assert mixed_lengths(1, 3) == [3]

@@ -9,7 +9,7 @@ import typer
 
 from encoder_fast.cli import options
 from encoder_fast.cli.errors import UserError
-from encoder_fast.cli.tables import show_batch
+from encoder_fast.cli.tables import show_batch, show_method
 
 
 def bench(
@@ -49,7 +49,8 @@ def bench(
     """Measure a model on this machine: Hugging Face eager and SDPA, and patched.
 
     Each length is run with texts of mixed lengths up to it, and with full ones, without padding.
-    All run in turn, round after round; the median counts. Parity is checked first.
+    All run in turn, round after round, on a CPU each in a process of its own; the median counts.
+    Parity is checked first.
 
     \b
     Examples:
@@ -73,8 +74,8 @@ def bench(
         import encoder_fast
         from encoder_fast.cli.bench_run import Bench, as_csv, default_dtypes
         from encoder_fast.cli.checkpoint import default_device
-        from encoder_fast.cli.measuring import Rounds
         from encoder_fast.cli.parts import replace_file
+        from encoder_fast.cli.race import Rounds
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -97,10 +98,7 @@ def bench(
         for result in running.run():
             show_batch(result, console)
             results.append(result)
-    console.print(
-        f"All run in turn, twice each, and the second call counts; 1.00x is {results[0].baseline}. "
-        "The spread is from the 20th to the 80th percentile of the rounds."
-    )
+    show_method(results[0].baseline, console)
     written = {
         out: lambda: as_csv(running, results).encode(),
         plot: lambda: draw(results, f"{running.model}\n{running.place}", str(plot and plot.suffix)),

@@ -12,15 +12,14 @@ import torch
 import encoder_fast
 from encoder_fast.backends.onednn import has_onednn
 from encoder_fast.cli.checkpoint import Checkpoint, describe, processor
-from encoder_fast.cli.errors import UserError, first_line
+from encoder_fast.cli.errors import UserError
 from encoder_fast.cli.measuring import (
     DTYPE_NAMES,
     BatchResult,
     Contestant,
-    Rounds,
     mixed_lengths,
-    race,
 )
+from encoder_fast.cli.race import Rounds, race, ready
 from encoder_fast.cli.record import commit
 
 
@@ -83,20 +82,14 @@ class Bench:
         """Every contestant on texts of mixed lengths and on full ones, for each length."""
         contestants = list(self._contestants())
         baseline = next(c.label for c in contestants if c.attention == self._attention)
-        models = {one.label: self._checkpoint.contestant(one) for one in contestants}
-        for longest in self.lengths:
-            mixed = mixed_lengths(self.texts, longest)
-            random.Random(0).shuffle(mixed)
-            batches = {f"mixed {longest}": mixed, f"full {longest}": [longest] * self.texts}
-            for name, lengths in batches.items():
-                inputs = self._checkpoint.batch(lengths)
-                try:
-                    timings = race(models, inputs, self._rounds)
-                except Exception as error:
-                    if self._compiles and type(error).__module__.startswith("torch._"):
-                        raise UserError(f"--compile: {first_line(error)}") from error
-                    raise
-                yield BatchResult(name, tuple(lengths), tuple(timings), baseline)
+        with ready(self._checkpoint, contestants) as runners:
+            for longest in self.lengths:
+                mixed = mixed_lengths(self.texts, longest)
+                random.Random(0).shuffle(mixed)
+                batches = {f"mixed {longest}": mixed, f"full {longest}": [longest] * self.texts}
+                for name, lengths in batches.items():
+                    timings = race(runners, self._checkpoint.batch(lengths), self._rounds)
+                    yield BatchResult(name, tuple(lengths), tuple(timings), baseline)
 
     def _contestants(self) -> Iterator[Contestant]:
         for dtype in self._dtypes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from encoder_fast.cli.errors import UserError
-from encoder_fast.cli.tables import heading, show_batch, table
+from encoder_fast.cli.tables import heading, show_batch, show_method, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,11 +86,7 @@ def show(running: Demo, console: Console) -> DemoResult:
         for batch in running.throughput():
             show_batch(batch, console)
             batches.append(batch)
-    console.print(
-        "All run in turn, twice each, and the second call counts; 1.00x is "
-        f"{batches[0].baseline}. The spread, from the 20th to the 80th percentile of the rounds, "
-        "says how busy the machine was."
-    )
+    show_method(batches[0].baseline, console)
     answers = running.search()
     _show_answers(answers, console)
     console.print(f"[dim]Done in {time.perf_counter() - start:.0f} s.[/]")

@@ -20,10 +20,9 @@ from encoder_fast.cli.measuring import (
     DTYPE_NAMES,
     BatchResult,
     Contestant,
-    Rounds,
     mixed_lengths,
-    race,
 )
+from encoder_fast.cli.race import Rounds, race, ready
 from encoder_fast.environment import Info
 from encoder_fast.parity import ParityReport
 
@@ -171,10 +170,10 @@ class Demo:
         equal = [longest] * self._plan.texts
         contestants = self._contestants()
         baseline = next(c.label for c in contestants if "SDPA" in c.label)
-        models = {one.label: self._checkpoint.contestant(one) for one in contestants}
-        for name, lengths in (("mixed lengths", mixed), ("no padding", equal)):
-            timings = race(models, self._checkpoint.batch(lengths), self._plan.rounds)
-            yield BatchResult(name, tuple(lengths), tuple(timings), baseline)
+        with ready(self._checkpoint, contestants) as runners:
+            for name, lengths in (("mixed lengths", mixed), ("no padding", equal)):
+                timings = race(runners, self._checkpoint.batch(lengths), self._plan.rounds)
+                yield BatchResult(name, tuple(lengths), tuple(timings), baseline)
 
     def search(self, top: int = 2) -> tuple[Answer, ...]:
         """The passages nearest to each query, by cosine."""

@@ -49,3 +49,12 @@ def show_batch(batch: BatchResult, console: Console) -> None:
             style="bold green" if timing.label.startswith("encoder_fast") else None,
         )
     console.print(rows)
+
+
+def show_method(baseline: str, console: Console) -> None:
+    """How the figures of :func:`show_batch` were taken."""
+    console.print(
+        "All run in turn, on a CPU each in a process of its own, twice each, and the second call "
+        f"counts; 1.00x is {baseline}. The spread, from the 20th to the 80th percentile of the "
+        "rounds, says how busy the machine was."
+    )
