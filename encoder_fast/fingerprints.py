@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from encoder_fast.backends import cpu_kernels
+
 # A look takes this many runs of each tensor, of a cache line each.
 SAMPLE_RUNS, RUN_BYTES = 4, 64
 
@@ -20,8 +22,25 @@ def _words(tensor: Tensor) -> Tensor:
     return rows.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
-def sample(tensor: Tensor) -> list[Tensor]:
-    """Short runs of elements, spread evenly over the tensor; views that see later edits."""
+class Samples:
+    """Short runs of elements, spread evenly over each of some tensors of one dtype, as they are.
+
+    Holds views of the tensors, which see later edits and keep their memory alive.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._runs = [run for tensor in tensors for run in _runs_of(tensor)]
+        self._bytes = torch.cat(self._runs)
+        places = [(run.data_ptr(), run.numel() * run.element_size()) for run in self._runs]
+        self._places = torch.tensor(places, dtype=torch.int64, device="cpu")
+
+    def are_unchanged(self) -> bool:
+        if cpu_kernels.compares_bytes():
+            return cpu_kernels.same_bytes(self._places, self._bytes)
+        return torch.equal(torch.cat(self._runs), self._bytes)
+
+
+def _runs_of(tensor: Tensor) -> list[Tensor]:
     words = _words(tensor).view(-1)
     run = RUN_BYTES // words.element_size()
     step = max(run, words.numel() // SAMPLE_RUNS)

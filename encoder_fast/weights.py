@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder_fast.errors import NotFastError
-from encoder_fast.fingerprints import checksum_of_all, sample
+from encoder_fast.fingerprints import Samples, checksum_of_all
 from encoder_fast.ops import linear
 from encoder_fast.ops.linear import PreparedFeedForward, PreparedLinear
 from encoder_fast.position_tables import project_positions
@@ -69,13 +69,12 @@ class EncoderWeights:
 class _Copied:
     """All layers' weights as copies, and what they were made from.
 
-    ``samples`` are views of the sources: they keep the memory alive, so that no new tensor can
+    ``samples`` hold views of the sources: they keep the memory alive, so that no new tensor can
     come to lie at an old address.
     """
 
-    identity: tuple
-    samples: list[Tensor]
-    sampled: Tensor
+    identity: list[tuple | None]
+    samples: Samples
     checksum: int
     weights: EncoderWeights
 
@@ -146,9 +145,8 @@ class WeightCache:
         """
         if self._backend != "cpu":
             return self.rewritten(like)
-        parameters = self._checked_parameters(like)
         with torch.inference_mode(False), torch.no_grad():
-            return self._verified(parameters, like, tokens)
+            return self._verified(like, tokens)
 
     def rewritten(self, like: Tensor) -> EncoderWeights:
         """The weights as :meth:`current` has them on every backend but ``cpu``: derived anew, by
@@ -157,7 +155,8 @@ class WeightCache:
         Raises:
             NotFastError: as :meth:`current` does.
         """
-        parameters = self._checked_parameters(like)
+        self._check_unprepared(like)
+        parameters = self._parameters()
         # Buffers made under inference_mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
             return self._rewritten(parameters, like)
@@ -174,21 +173,25 @@ class WeightCache:
         Raises:
             NotFastError: a weight is no parameter.
         """
-        used = [p for module in self._unprepared for p in module._parameters.values()]
-        used += [_parameter(module, name) for module, name in self._sources]
-        return list(map(place, used))
+        return list(map(place, [*self._unprepared_parameters(), *self._parameters()]))
 
-    def _checked_parameters(self, like: Tensor) -> list[Tensor | None]:
-        for module in self._unprepared:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    _check_plain(parameter, like)
+    def _parameters(self) -> list[Tensor | None]:
+        """What copies are made from."""
         return [_parameter(module, name) for module, name in self._sources]
 
-    def _verified(
-        self, parameters: list[Tensor | None], like: Tensor, tokens: int
-    ) -> EncoderWeights:
-        identity = tuple(map(_identity, parameters))
+    def _unprepared_parameters(self) -> list[Tensor | None]:
+        """What is used as it lies."""
+        return [p for module in self._unprepared for p in module._parameters.values()]
+
+    def _check_unprepared(self, like: Tensor) -> None:
+        for parameter in self._unprepared_parameters():
+            if parameter is not None:
+                _check_plain(parameter, like)
+
+    def _verified(self, like: Tensor, tokens: int) -> EncoderWeights:
+        parameters = self._parameters()
+        # An edit of what is used as it lies needs no new copies.
+        identity = [*map(_identity, parameters), *map(place, self._unprepared_parameters())]
         sources = [parameter for parameter in parameters if parameter is not None]
         known = self._copied
         self._tokens_since_full_look += tokens
@@ -198,18 +201,18 @@ class WeightCache:
         if (
             known is not None
             and known.identity == identity
-            and torch.equal(torch.cat(known.samples), known.sampled)
+            and known.samples.are_unchanged()
             and (not full_look or known.checksum == checksum_of_all(sources))
         ):
             return known.weights
+        self._check_unprepared(like)
         for source in sources:
             _check_plain(source, like)
         # The looks come first: an edit by another thread while the copies are made is then noticed
         # at the next call.
-        samples = [run for source in sources for run in sample(source)]
-        sampled, checksum = torch.cat(samples), checksum_of_all(sources)
+        samples, checksum = Samples(sources), checksum_of_all(sources)
         weights = self._prepare()
-        self._copied = _Copied(identity, samples, sampled, checksum, weights)
+        self._copied = _Copied(identity, samples, checksum, weights)
         return weights
 
     def _rewritten(self, parameters: list[Tensor | None], like: Tensor) -> EncoderWeights:

@@ -12,7 +12,9 @@ from encoder_fast.onlookers import Onlookers
 from encoder_fast.packing import pack, pack_full, pack_lengths, read_mask
 
 # Where masks are read in different ways.
-BACKENDS = [n for n in ("reference", "triton") if why_not(n, torch.device(DEVICE)) is None]
+BACKENDS = [n for n in ("reference", "cpu", "triton") if why_not(n, torch.device(DEVICE)) is None]
+
+HOST = "cpu"  # which reads masks without any padding in a way of its own
 
 
 def check(mask: Tensor, backend: str = "reference") -> None:
@@ -115,6 +117,8 @@ def test_no_padding_is_a_view() -> None:
         (lambda: pack(torch.ones(3)), r"shape \(B, S\), got \(3,\)"),
         (lambda: pack(torch.tensor([[1, 2]])), "0 and 1 only"),
         (lambda: pack(torch.tensor([[1.0, 0.5]])), "0 and 1 only"),
+        (lambda: pack(torch.tensor([[1.0, torch.nan]]), backend=HOST), "0 and 1 only"),
+        (lambda: pack(torch.tensor([[2, 2]]), backend=HOST), "0 and 1 only"),
         (lambda: pack_lengths([3, -1]), r"lie in \[0, 3\], got \[3, -1\]"),
         (lambda: pack_lengths([5], padded_length=4), r"lie in \[0, 4\], got \[5\]"),
     ],

@@ -10,7 +10,8 @@ from torch import nn
 
 import encoder_fast
 from encoder_fast import weights
-from encoder_fast.fingerprints import checksum_of_all
+from encoder_fast.backends import cpu_kernels
+from encoder_fast.fingerprints import RUN_BYTES, SAMPLE_RUNS, Samples, checksum_of_all
 
 LINEARS = (
     "attention.self.query",
@@ -161,6 +162,31 @@ def test_every_single_element_is_in_the_checksum() -> None:
         assert checksum_of_all([weight]) != known
         weight.view(-1)[index] = before
     assert checksum_of_all([weight]) == known
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["kernels", "pytorch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_see_each_of_their_elements(
+    own: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if own and not cpu_kernels.compares_bytes():
+        pytest.skip(f"the CPU has no kernels here: {cpu_kernels.why_not()}")
+    monkeypatch.setattr(cpu_kernels, "compares_bytes", lambda: own)
+    tensors = [torch.randn(64, 48, dtype=dtype), torch.randn(96, dtype=dtype).t(), torch.ones(3)]
+    tensors[2] = tensors[2].to(dtype)
+    samples = Samples(tensors)
+    assert samples.are_unchanged()
+    seen = 0
+    for tensor in tensors:
+        flat = tensor.view(-1)
+        for index in range(flat.numel()):
+            before = flat[index].item()
+            flat[index] = before + 0.5
+            seen += not samples.are_unchanged()
+            flat[index] = before
+            assert samples.are_unchanged()
+    run = RUN_BYTES // tensors[0].element_size()
+    assert seen == SAMPLE_RUNS * run + min(96, SAMPLE_RUNS * run) + 3
 
 
 def test_head_pruning_between_calls() -> None:

@@ -6,6 +6,7 @@
 #include "cpu/add_layer_norm.h"
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
+#include "cpu/same_bytes.h"
 
 namespace encoder_fast::cpu {
 namespace {
@@ -48,15 +49,20 @@ void bind_add_layer_norm(Address x, Address residual, Address x_bias, Address we
                    isa, threads);
 }
 
+bool bind_same_bytes(Address runs, int64_t count, Address expected) {
+    return same_bytes(static_cast<const Run*>(pointer(runs)), count, pointer(expected));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.def("attention", bind_attention);
     m.def("attention_workspace", attention_workspace);
     m.def("add_layer_norm", bind_add_layer_norm);
+    m.def("same_bytes", bind_same_bytes);
     m.def("best_isa", [] { return static_cast<int>(best_isa()); });
     // To be changed with what any of these takes or gives; cpu_kernels.py knows it too.
-    m.attr("INTERFACE") = 2;
+    m.attr("INTERFACE") = 3;
     m.attr("BIAS_BEYOND") = kBiasBeyond;
     m.attr("MAX_WIDTH") = kMostWidth;
 }
