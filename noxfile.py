@@ -37,7 +37,11 @@ def transformers(session: nox.Session, version: str) -> None:
 @nox.parametrize("version", ["3.4.0", "3.9.0"])
 def triton(session: nox.Session, version: str) -> None:
     """The oldest and the newest triton: the kernels, interpreted and compiled."""
-    run_tests(session, f"triton=={version}", tests=("-k", "(kernel or triton) and not packaging"))
+    run_tests(
+        session,
+        f"triton=={version}",
+        tests=("-k", "(kernel or triton or compile) and not packaging and not cuda"),
+    )
 
 
 @nox.session

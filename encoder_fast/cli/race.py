@@ -14,14 +14,14 @@ this process, for one CUDA context is enough.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -106,51 +106,82 @@ def _synchronize(device: torch.device) -> None:
 
 
 class _Process:
-    """A contestant in a process of its own, which loads it at once."""
+    """A contestant in a process of its own, which loads it at once.
+
+    Either side sees the end of the other as the end of the pipe.
+    """
 
     def __init__(self, path: str, one: Contestant) -> None:
         self.label = one.label
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, context, _ignore_interrupts)
-        self._loading = self._pool.submit(_load, path, one, torch.get_num_threads())
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, path, one, torch.get_num_threads())
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
 
     def __enter__(self) -> _Process:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._connection.close()
+        if error is not None:
+            # it may be in the midst of something long
+            self._process.kill()
+        self._process.join()
 
     def loaded(self) -> Runner:
-        self._result(self._loading)
+        self._receive()
         return self._run
 
     def _run(self, inputs: Inputs) -> float:
-        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        return self._result(self._pool.submit(_run_loaded, arrays))
-
-    def _result(self, future: Future[Any]) -> Any:
         try:
-            return future.result()
-        except BrokenProcessPool:
-            message = "its process ended by itself; was there too little memory?"
-            raise UserError(f"{self.label}: {message}") from None
+            self._connection.send({name: tensor.numpy() for name, tensor in inputs.items()})
+        except OSError:
+            raise self._ended() from None
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError):
+            raise self._ended() from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _ended(self) -> UserError:
+        return UserError(f"{self.label}: its process ended by itself; was there too little memory?")
 
 
-# What follows runs in a contestant's process.
-
-_loaded: Callable[[Inputs], float]
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal, and the one that started this one ends it."""
+def _serve(connection: Connection, path: str, one: Contestant, threads: int) -> None:
+    """What a contestant's process does: load, and run what it is sent until nothing more comes."""
+    # Ctrl-C reaches every process of a terminal; the one that started this one ends it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _load(path: str, one: Contestant, threads: int) -> None:
-    global _loaded
     torch.set_num_threads(threads)
-    _loaded = partial(second_call, Checkpoint(path, "").contestant(one), one)
+    try:
+        model = Checkpoint(path, "").contestant(one)
+    except Exception as error:
+        connection.send(_portable(error))
+        return
+    connection.send(None)
+    while True:
+        try:
+            arrays: Mapping[str, np.ndarray] = connection.recv()
+        except EOFError:
+            return
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        try:
+            answer: object = second_call(model, one, inputs)
+        except Exception as error:
+            answer = _portable(error)
+        connection.send(answer)
 
 
-def _run_loaded(arrays: Mapping[str, np.ndarray]) -> float:
-    return _loaded({name: torch.from_numpy(array) for name, array in arrays.items()})
+def _portable(error: Exception) -> Exception:
+    """The error, or where its class can't be made anew in another process what it says."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {first_line(error)}")
+    return error
