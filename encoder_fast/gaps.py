@@ -75,7 +75,7 @@ def _by_head(batch: PackedBatch, x: Tensor) -> Tensor:
 
 def _is_key(batch: PackedBatch, like: Tensor) -> Tensor:
     """``(B, 1, 1, S)``: where the tokens are."""
-    return batch.unpack(like.new_ones(batch.total, dtype=torch.bool))[:, None, None]
+    return batch.unpack(like.new_ones(like.shape[0], dtype=torch.bool))[:, None, None]
 
 
 def _softmax(

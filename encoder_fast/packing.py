@@ -18,7 +18,7 @@ Host synchronisation: one when the lengths have to be read from a mask on a GPU
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ from encoder_fast.backends import load
 class PackedBatch:
     """Where the real tokens of a padded batch are, and its onlookers, if it has any.
 
-    What is packed has one row a token and behind those one an onlooker. Where a shape here or in
-    the engine says ``total``, onlookers come on top of it.
+    What is packed has one row a token, behind those one an onlooker, and behind them the filler.
+    Where a shape here or in the engine says ``total``, both come on top of it.
 
     Attributes:
         cu_seqlens: int32 ``(B + 1,)``; sequence ``b`` is ``cu_seqlens[b]:cu_seqlens[b + 1]``.
@@ -44,6 +44,7 @@ class PackedBatch:
             when there is no padding, so that packing is a view.
         onlooker_rows: int64, the row ``b`` of each onlooker; ``None`` where there are none.
         has_gaps: in some row there is padding between two tokens.
+        filler: rows at the end that belong to nobody; see :meth:`filled`.
     """
 
     cu_seqlens: Tensor
@@ -54,22 +55,43 @@ class PackedBatch:
     indices: Tensor | None
     onlooker_rows: Tensor | None = None
     has_gaps: bool = False
+    filler: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(B, S)`` of the padded batch."""
         return self.batch_size, self.padded_length
 
+    def filled(self, rows: int) -> PackedBatch:
+        """With as many rows as a backend likes best. Those that are not there yet are zeros in what
+        is packed; attention gives zeros for them, and everything else goes row by row. A batch of
+        no tokens or with onlookers, whose place is the end, stays as it is."""
+        if self.total == 0 or self.onlooker_rows is not None:
+            return self
+        return replace(self, filler=rows - self.total)
+
+    def without_filler(self, packed: Tensor) -> Tensor:
+        """``(total + filler, ...)`` to ``(total, ...)``; a view."""
+        return packed[: packed.shape[0] - self.filler] if self.filler else packed
+
     def pack(self, padded: Tensor) -> Tensor:
         """``(B, S, ...)`` to ``(total, ...)``; a leading dimension of 1 is broadcast to ``B``."""
         if padded.shape[0] != self.batch_size:
             padded = padded.expand(self.batch_size, *padded.shape[1:])
         flat = padded.reshape(self.batch_size * self.padded_length, *padded.shape[2:])
-        return flat if self.indices is None else flat.index_select(0, self.indices)
+        if self.indices is not None:
+            flat = flat.index_select(0, self.indices)
+        return self._with_filler(flat)
+
+    def _with_filler(self, packed: Tensor) -> Tensor:
+        if not self.filler:
+            return packed
+        return F.pad(packed, (0, 0) * (packed.dim() - 1) + (0, self.filler))
 
     def unpack(self, packed: Tensor, *, onlookers: bool = False) -> Tensor:
         """``(total, ...)`` to ``(B, S, ...)``, zeros where the batch is padded; with ``onlookers``
         except where those stand."""
+        packed = self.without_filler(packed)
         rest = packed.shape[1:]
         if self.indices is None:
             return packed.reshape(*self.shape, *rest)
@@ -103,8 +125,10 @@ class PackedBatch:
         """int64 ``(total,)``: each token's column in the padded batch."""
         if self.indices is None:
             columns = torch.arange(self.padded_length, device=self.cu_seqlens.device)
-            return columns.repeat(self.batch_size)
-        return self.indices % self.padded_length
+            columns = columns.repeat(self.batch_size)
+        else:
+            columns = self.indices % self.padded_length
+        return self._with_filler(columns)
 
     def windows(self, packed: Tensor, size: int) -> Tensor:
         """``(total, N)`` to ``(total, size, N)``: each token amid its neighbours of its own

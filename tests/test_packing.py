@@ -1,13 +1,13 @@
 """pack and unpack: any mask, round trip, and how often the host waits."""
 
+from typing import Any
+
 import pytest
 import torch
 from berts import DEVICE
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from encoder_fast.backends import why_not
+from encoder_fast.backends import cpu, why_not
 from encoder_fast.onlookers import Onlookers
 from encoder_fast.packing import pack, pack_full, pack_lengths, read_mask
 
@@ -72,11 +72,17 @@ def test_any_mask(rows: list[str], dtype: torch.dtype, backend: str) -> None:
     check(torch.tensor([[int(c) for c in row] for row in rows]).to(DEVICE, dtype), backend)
 
 
-@settings(max_examples=200, deadline=None)
-@given(data=st.data(), batch=st.integers(0, 5), length=st.integers(1, 9))
-def test_random_masks(data: st.DataObject, batch: int, length: int) -> None:
-    bits = data.draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
-    check(torch.tensor(bits, dtype=torch.bool).view(batch, length))
+def test_random_masks() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=200, deadline=None)
+    @hypothesis.given(data=st.data(), batch=st.integers(0, 5), length=st.integers(1, 9))
+    def check_one(data: Any, batch: int, length: int) -> None:
+        bits = data.draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
+        check(torch.tensor(bits, dtype=torch.bool).view(batch, length))
+
+    check_one()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -88,9 +94,19 @@ def test_no_rows_or_no_columns(backend: str) -> None:
     assert (batch.total, batch.max_seqlen, batch.cu_seqlens.tolist()) == (0, 0, [0, 0, 0])
 
 
-@settings(max_examples=100, deadline=None)
-@given(lengths=st.lists(st.integers(0, 9), max_size=6), extra=st.integers(0, 3))
-def test_lengths_agree_with_the_mask(lengths: list[int], extra: int) -> None:
+def test_lengths_agree_with_the_mask() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=100, deadline=None)
+    @hypothesis.given(lengths=st.lists(st.integers(0, 9), max_size=6), extra=st.integers(0, 3))
+    def check_one(lengths: list[int], extra: int) -> None:
+        check_lengths(lengths, extra)
+
+    check_one()
+
+
+def check_lengths(lengths: list[int], extra: int) -> None:
     padded = max(lengths, default=0) + extra
     mask = torch.arange(padded)[None] < torch.tensor(lengths, dtype=torch.int64)[:, None]
     ours, theirs = pack_lengths(lengths, padded_length=padded), pack(mask)
@@ -101,6 +117,34 @@ def test_lengths_agree_with_the_mask(lengths: list[int], extra: int) -> None:
         theirs.shape,
     )
     assert ours.columns().tolist() == theirs.columns().tolist()
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 0], [0, 1, 1]], [[1, 1, 1], [1, 1, 1]]])
+def test_filler_stands_behind_the_tokens(mask: list[list[int]]) -> None:
+    plain = pack(torch.tensor(mask))
+    filled = plain.filled(8)
+    padded = torch.randn(2, 3, 5)
+    packed = filled.pack(padded)
+    assert packed.shape == (8, 5) and not packed[plain.total :].any()
+    assert torch.equal(filled.without_filler(packed), plain.pack(padded))
+    assert torch.equal(filled.unpack(packed), plain.unpack(plain.pack(padded)))
+    assert filled.columns().tolist() == [*plain.columns().tolist(), *[0] * (8 - plain.total)]
+    assert torch.equal(filled.first_tokens(packed), plain.first_tokens(plain.pack(padded)))
+
+
+def test_where_filler_has_no_place() -> None:
+    onlookers = pack(torch.tensor([[0, 1]]), onlookers=True)
+    assert onlookers.filled(8) is onlookers
+    nothing = pack(torch.zeros(2, 3))
+    assert nothing.filled(8) is nothing
+
+
+def test_sizes_that_gemms_run_in() -> None:
+    sizes = [cpu.rows_to_compute(rows) for rows in range(1, 8193)]
+    for rows, size in enumerate(sizes, 1):
+        assert rows <= size < rows + min(64, max(1, rows / 16)) + 1e-9
+        assert cpu.rows_to_compute(size) == size
+    assert len(set(sizes)) < 240
 
 
 def test_no_padding_is_a_view() -> None:

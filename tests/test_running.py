@@ -7,10 +7,12 @@ import pytest
 import torch
 import zoo
 from berts import DEVICE, inputs, tiny
+from torch import Tensor
 
 import encoder_fast
 from encoder_fast import fingerprints
-from encoder_fast.backends import why_not
+from encoder_fast.backends import cpu, why_not
+from encoder_fast.packing import PackedBatch
 from encoder_fast.parity import compare
 
 BACKENDS = [n for n in ("reference", "triton") if why_not(n, torch.device(DEVICE)) is None]
@@ -24,6 +26,26 @@ def test_other_backends_end_to_end(backend: str, kind: str) -> None:
     report = encoder_fast.check_parity(model, inputs(kind), backend=backend)
     assert report.backend == backend
     assert report.ok, str(report)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="GEMMs on a CPU")
+def test_gemms_come_in_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new one costs oneDNN half a megabyte."""
+    seen = set()
+
+    def linear(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        seen.add(x.shape[0])
+        return original(x, *rest)
+
+    original = cpu.linear_prepared
+    monkeypatch.setattr(cpu, "linear_prepared", linear)
+    model = encoder_fast.patch(tiny(max_position_embeddings=200), strict=True)
+    with torch.inference_mode():
+        for length in range(1, 201):
+            ids = torch.ones(1, length, dtype=torch.long)
+            assert model(input_ids=ids)[0].shape[1] == length
+    assert seen == {cpu.rows_to_compute(length) for length in range(1, 201)}
+    assert len(seen) < 80
 
 
 def test_two_threads_get_right_answers() -> None:
@@ -81,17 +103,25 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * 4096
 
 
+def live_objects() -> int:
+    """How many tensors and packed batches Python holds."""
+    gc.collect()
+    kinds = (Tensor, PackedBatch)
+    # by type: isinstance asks some objects for their __class__, and lazy ones then load
+    return sum(issubclass(type(one), kinds) for one in gc.get_objects())
+
+
 def test_memory_does_not_grow_over_a_thousand_calls() -> None:
     model = encoder_fast.patch(tiny(hidden_size=96, intermediate_size=600))
     calls = [inputs("right", length=length) for length in range(14, 34)]
     with torch.inference_mode():
         for step in range(200):
             model(**calls[step % 20])
-        gc.collect()
-        before = resident_bytes()
+        objects, before = live_objects(), resident_bytes()
         for step in range(1000):
             model(**calls[step % 20])
-    gc.collect()
+    # A leak that is small in bytes shows in numbers.
+    assert live_objects() == objects
     # One leaked hidden state a call would be 1000 x 4 x 21 x 96 x 4 bytes = 32 MB.
     assert resident_bytes() - before < 8 << 20
 

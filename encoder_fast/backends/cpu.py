@@ -43,6 +43,7 @@ __all__ = [
     "prepare_feed_forward",
     "prepare_linear",
     "rotary",
+    "rows_to_compute",
 ]
 
 HEAD_SIZES: frozenset[int] | None = None
@@ -62,6 +63,18 @@ _SLICE, _SLICE_FROM = 768, 512
 # In half precision queries and keys are turned in float32, as many tokens at a time as leave the
 # wider copy in the cache.
 _ROTARY_TOKENS = 64
+
+
+def rows_to_compute(rows: int) -> int:
+    """The next of the sizes that GEMMs are run in, 16 from a power of two to the next and 64 apart
+    at most: 2% more rows on average, and from 2,048 on less than that.
+
+    oneDNN makes a primitive for every size that comes: 0.4 ms and 0.55 MB each, five of them in a
+    model of the BERT family, and they are kept up to 1,024. Texts of 1 to 300 tokens, one by one,
+    had MiniLM grow by 700 MB, and found none of them again.
+    """
+    step = 1 << min(6, max(0, rows.bit_length() - 5))
+    return -(-rows // step) * step
 
 
 def count_tokens(

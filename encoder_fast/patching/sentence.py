@@ -65,7 +65,7 @@ class PackedPooling:
         if self.first_token_alone:
             pooled = hidden
         else:
-            run = pool.operator.run
+            hidden, run = batch.without_filler(hidden), pool.operator.run
             parts = [run(hidden, batch.cu_seqlens, mode, backend) for mode in self.modes]
             pooled = torch.cat(parts, dim=1).to(hidden.dtype)
         self.pooled = pooled.unsqueeze(1)

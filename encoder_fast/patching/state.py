@@ -179,11 +179,11 @@ class EncoderState:
             NotFastError: it can't run fast; nothing is counted.
         """
         call = read_arguments(self.original, model.config, (), inputs)
-        hidden, _ = self._encode(
+        hidden, batch = self._encode(
             model, call, reads_first=False, collect=None, first_token_alone=first_token_alone
         )
         self.counts.count_fast()
-        return hidden
+        return hidden if first_token_alone else batch.without_filler(hidden)
 
     def _run(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         call = read_arguments(self.original, model.config, args, kwargs)
@@ -251,6 +251,9 @@ class EncoderState:
                 "a pooler or head over a padded first column (left padding), and flash attention, "
                 "which computes nothing for padding"
             )
+        rows_to_compute = getattr(load(backend), "rows_to_compute", None)
+        if rows_to_compute is not None:
+            batch = batch.filled(rows_to_compute(batch.total))
         positions = _positions(call, spec.embeddings.position_padding_idx, batch)
         ids, types, embeds = (
             None if padded is None else batch.pack(padded)
