@@ -4,10 +4,13 @@ import pytest
 import torch
 import zoo
 from berts import DEVICE, DTYPES
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import encoder_fast
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 BATCH, LENGTH = 4, 21
 

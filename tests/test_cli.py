@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from berts import minilm_path
+from berts import DEVICE, minilm_path
 from transformers import GPT2Config, GPT2Model
 
 import encoder_fast
@@ -24,10 +24,12 @@ pytest.importorskip("rich")
 from cli_runs import call, one_line, tiny_model
 from rich.console import Console
 
+from encoder_fast.backends.onednn import has_onednn
 from encoder_fast.cli import demo_run
-from encoder_fast.cli.checkpoint import read_passages
+from encoder_fast.cli.checkpoint import default_device, read_passages
 from encoder_fast.cli.demo import show
 from encoder_fast.cli.demo_run import Demo, DemoResult
+from encoder_fast.environment import Info
 
 # What each query's best passage must say.
 ANSWERS = ("two times", "name server", "warfarin", "evicted", "white dwarf")
@@ -190,9 +192,11 @@ def test_demo_times_everyone(shown: tuple[DemoResult, str]) -> None:
     labels = {
         f"{who} {name}" for who in ("Hugging Face eager", "Hugging Face SDPA", "encoder_fast")
     }
+    if result.place.device == "cpu" and has_onednn(torch.bfloat16):
+        labels |= {"Hugging Face SDPA bf16", "encoder_fast bf16"}
     assert [batch.name for batch in result.batches] == ["mixed lengths", "no padding"]
     for batch in result.batches:
-        assert labels <= {timing.label for timing in batch.timings}
+        assert labels == {timing.label for timing in batch.timings}
         assert len({len(timing.seconds) for timing in batch.timings}) == 1
         for timing in batch.timings:
             assert 0 < batch.speedup(timing) < math.inf and timing.spread >= 0
@@ -204,9 +208,24 @@ def test_demo_times_everyone(shown: tuple[DemoResult, str]) -> None:
 def test_demo_says_where_it_runs(shown: tuple[DemoResult, str]) -> None:
     result, text = shown
     place = result.place
+    assert place.device == DEVICE
     assert place.backend == ("triton" if place.device == "cuda" else "cpu")
     assert place.processor in text and place.why in text
     assert torch.__version__ in text and encoder_fast.__version__ in text
+
+
+@pytest.mark.parametrize(
+    ("devices", "triton", "expected"),
+    [
+        (("NVIDIA H100",), "available", "cuda"),
+        (("NVIDIA H100",), "triton is not installed", "cpu"),
+        ((), "available", "cpu"),  # in its interpreter
+        ((), "triton is not installed", "cpu"),
+    ],
+)
+def test_default_device(devices: tuple[str, ...], triton: str, expected: str) -> None:
+    info = Info({}, "Linux-x86_64", "2 threads", devices, {"cpu": "available", "triton": triton})
+    assert default_device(info) == expected
 
 
 def test_demo_fits_80_columns(shown: tuple[DemoResult, str]) -> None:

@@ -187,6 +187,115 @@ def test_arguments(change: Callable[[dict], dict], reason: str) -> None:
         encoder_fast.patch(model, strict=True)(**call)
 
 
+def empty_cache() -> transformers.Cache:
+    return transformers.DynamicCache()
+
+
+# transformers 5 takes those that it no longer knows among the forward's **kwargs
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("past_key_values", empty_cache),
+        ("cache_position", lambda: torch.arange(21, device=DEVICE)),
+        ("encoder_attention_mask", lambda: torch.ones(4, 3, device=DEVICE)),
+        ("head_mask", lambda: torch.tensor([[1.0, 0.0, 1.0]] * 2, device=DEVICE)),
+    ],
+)
+def test_arguments_of_decoders_and_pruning(name: str, value: Callable[[], object]) -> None:
+    model, call = tiny(attn_implementation="eager"), inputs()
+    with torch.inference_mode():
+        # anew for each call: a cache keeps what it was given
+        expected = model(**call, **{name: value()})[0]
+        output = encoder_fast.patch(model)(**call, **{name: value()})[0]
+    report = encoder_fast.report(model)
+    assert report.fast_calls == 0
+    assert report.fallbacks == {f"argument {name}": 1}
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((2, 5, 48), torch.float64), ((2, 5, 48), torch.float16), ((2, 5, 47), torch.float32)],
+    ids=["wider-dtype", "narrower-dtype", "width"],
+)
+def test_embeddings_that_do_not_fit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What the original makes of them, which may be an error of its own."""
+    model, embeds = tiny(), torch.randn(shape, device=DEVICE).to(dtype)
+
+    def outcome() -> torch.Tensor | str:
+        try:
+            return model(inputs_embeds=embeds)[0]
+        except RuntimeError as error:
+            return str(error)
+
+    with torch.inference_mode():
+        expected = outcome()
+        encoder_fast.patch(model)
+        output = outcome()
+    report = encoder_fast.report(model)
+    assert report.fast_calls == 0
+    (reason,) = report.fallbacks
+    assert reason.startswith(f"inputs_embeds of 3 dimensions and {dtype}")
+    if isinstance(expected, str):
+        assert output == expected
+    else:
+        assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize(
+    "register", ["register_module_forward_hook", "register_module_forward_pre_hook"]
+)
+def test_hooks_on_all_modules(register: str) -> None:
+    model, call, seen = encoder_fast.patch(tiny()), inputs(), []
+    handle = getattr(nn.modules.module, register)(lambda module, *_: seen.append(type(module)))
+    try:
+        with torch.inference_mode():
+            model(**call)
+    finally:
+        handle.remove()
+    assert encoder_fast.report(model).fallbacks == {"global module hooks are registered": 1}
+    assert type(model.encoder.layer[1].output.dense) in seen
+    with torch.inference_mode():
+        model(**call)
+    assert encoder_fast.report(model).fast_calls == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_tracing() -> None:
+    """A trace holds the original's operations: it gives right numbers for other masks too."""
+    model, other = tiny(attn_implementation="eager", return_dict=False), inputs("left")
+    with torch.inference_mode():
+        expected = model(other["input_ids"], other["attention_mask"])[0]
+    call = inputs()
+    encoder_fast.patch(model)
+    with torch.no_grad():
+        traced = torch.jit.trace(
+            model, (call["input_ids"], call["attention_mask"]), check_trace=False
+        )
+        assert encoder_fast.report(model).fallbacks == {"torch.jit tracing": 1}
+        output = traced(other["input_ids"], other["attention_mask"])[0]
+    assert encoder_fast.report(model).fast_calls == 0
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict: bool) -> None:
+    """An exported program is the original's too, and the patched model stays as it was."""
+    model, call = encoder_fast.patch(tiny(attn_implementation="eager")), inputs()
+    with torch.no_grad():
+        program = torch.export.export(model, (), call, strict=strict)
+    report = encoder_fast.report(model)
+    assert (report.fast_calls, report.fallbacks) == (0, {})
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert names and not any("encoder_fast" in name for name in names)
+    with torch.inference_mode():
+        model(**call)
+        expected = encoder_fast.unpatch(model)(**call)[0]
+        output = program.module()(**call)[0]
+    torch.testing.assert_close(output, expected)
+
+
 def test_an_attention_function_of_the_users_own() -> None:
     model, call = encoder_fast.patch(tiny()), inputs()
     own_attention(model)
@@ -237,6 +346,9 @@ def test_forward_mode_autograd() -> None:
     encoder_fast.patch(model)
     _, tangent = torch.func.jvp(run, (x,), (t,))
     assert torch.equal(tangent, expected)
+    report = encoder_fast.report(model)
+    assert report.fast_calls == 0
+    assert report.fallbacks == {"torch.func or forward-mode autograd": 1}
 
 
 def test_a_tensor_that_is_not_plain() -> None:
@@ -292,6 +404,10 @@ def test_gradient_to_the_embeddings_is_given() -> None:
     embeds = torch.randn(2, 5, 48, device=DEVICE, requires_grad=True)
     model(inputs_embeds=embeds)[0].sum().backward()
     assert embeds.grad is not None
+    report = encoder_fast.report(model)
+    assert report.fast_calls == 0
+    (reason,) = report.fallbacks
+    assert "gradients are enabled" in reason
 
 
 def test_decoders() -> None:

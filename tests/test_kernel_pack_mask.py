@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from layer_norm_oracle import DEVICE, MARKS, dtype_name
 from torch import Tensor
 
@@ -170,8 +169,14 @@ def test_ids(wrong: int, dtype: torch.dtype) -> None:
     assert check(mask * 0, mask.to(dtype), 0)[5] == 0  # no id is in range, and none is a token's
 
 
-@settings(max_examples=25, deadline=None)
-@given(data=st.data(), B=st.integers(1, 9), S=st.integers(1, 6))
-def test_random_masks(data: st.DataObject, B: int, S: int) -> None:
-    bits = data.draw(st.lists(st.booleans(), min_size=B * S, max_size=B * S))
-    check(torch.tensor(bits, device=DEVICE).view(B, S))
+def test_random_masks() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=25, deadline=None)
+    @hypothesis.given(data=st.data(), B=st.integers(1, 9), S=st.integers(1, 6))
+    def check_one(data: Any, B: int, S: int) -> None:
+        bits = data.draw(st.lists(st.booleans(), min_size=B * S, max_size=B * S))
+        check(torch.tensor(bits, device=DEVICE).view(B, S))
+
+    check_one()

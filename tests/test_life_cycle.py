@@ -6,14 +6,18 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from berts import inputs, tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import encoder_fast
 from encoder_fast.parity import compare
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def _load(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Padding in the first column that a pooler or head reads: fast, and the original's numbers."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import zoo
 from berts import DEVICE, DTYPES, inputs, tiny
 from test_families import call_for, many_texts_for
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import encoder_fast
 from encoder_fast import engine
 from encoder_fast.backends import why_not
+from encoder_fast.ops._library import Operator
 from encoder_fast.parity import compare
 
 PLAIN = [family for family in zoo.FAMILIES if family not in zoo.BY_DISTANCE]
@@ -218,6 +221,65 @@ def test_the_host_waits_no_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
             counts.append(len(waits))
     # the first call also prepares the weights
     assert counts[1] == counts[2] == counts[3]
+
+
+_LOOKS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select")
+
+
+class _Waits(TorchDispatchMode):
+    """Where a forward looks at a tensor's values, but for the looks of the backend's own ops."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self._inside_an_op = False
+        run_op = Operator.run
+
+        def run(op: Operator, *arguments: object) -> object:
+            self._inside_an_op = True
+            try:
+                return run_op(op, *arguments)
+            finally:
+                self._inside_an_op = False
+
+        monkeypatch.setattr(Operator, "run", run)
+        # These read a tensor of the CPU where it lies, and nothing is dispatched.
+        for name in ("tolist", "numpy"):
+            original = getattr(Tensor, name)
+
+            def looked(x: Tensor, *args: object, _name: str = name, _run: Any = original) -> object:
+                self._look(_name)
+                return _run(x, *args)
+
+            monkeypatch.setattr(Tensor, name, looked)
+
+    def _look(self, name: str) -> None:
+        if not self._inside_an_op:
+            self.seen.append(name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        # how many a mask picks is asked for too
+        by_mask = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in _LOOKS or by_mask:
+            self._look(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("head", ["BertModel", "BertForSequenceClassification"])
+@pytest.mark.parametrize(
+    ("kind", "waits"), [("right", 1), ("left", 1), ("mixed", 1), ("empty_row", 1), ("none", 0)]
+)
+def test_a_whole_forward_waits_for_the_lengths_alone(
+    kind: str, waits: int, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each look at a tensor is a wait; the backend here has the GPU's rules elsewhere."""
+    model = encoder_fast.patch(tiny(head).cpu(), "reference", strict=True)
+    call = {name: value.cpu() for name, value in inputs(kind).items()}
+    for _ in range(2):  # the first prepares the weights
+        with monkeypatch.context() as patches, torch.inference_mode(), _Waits(patches) as looks:
+            model(**call)
+        assert len(looks.seen) == waits, looks.seen
 
 
 def check_logits(model: nn.Module, call: dict, logits: Tensor, original: Tensor) -> None:

@@ -30,6 +30,8 @@ def built(source: Path, build_tools: None, tmp_path_factory: pytest.TempPathFact
     """A copy of the project with the wheel in `dist` and the objects in `build`."""
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        pytest.skip("Python's headers are not installed")
     copy = tmp_path_factory.mktemp("cpu") / "a folder: $PATH"
     shutil.copytree(source, copy, symlinks=True)
     # a compiler with options, as ccache's users have it

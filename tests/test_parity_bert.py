@@ -218,9 +218,35 @@ def test_sequences_do_not_see_each_other() -> None:
     assert torch.equal(before[0], after[0])
 
 
-def test_no_rows() -> None:
-    model = encoder_fast.patch(tiny())
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no-mask"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "BertModel",
+        "BertForPreTraining",
+        "BertForMaskedLM",
+        "BertForSequenceClassification",
+        "BertForTokenClassification",
+        "BertForQuestionAnswering",
+    ],
+)
+def test_no_rows(head: str, masked: bool) -> None:
+    """The outputs of one row, without the row. The original has an error of its own instead."""
+    model = tiny(head)
+
+    def call(rows: int) -> dict:
+        ids = torch.ones(rows, 5, dtype=torch.long, device=DEVICE)
+        given = {"input_ids": ids, "output_hidden_states": True}
+        return {**given, "attention_mask": ids} if masked else given
+
     with torch.inference_mode():
-        output = model(torch.zeros(0, 5, dtype=torch.long, device=DEVICE))
-    assert output.last_hidden_state.shape == (0, 5, 48)
-    assert output.pooler_output.shape == (0, 48)
+        theirs = model(**call(1))
+        ours = encoder_fast.patch(model, strict=True)(**call(0))
+    assert list(ours.keys()) == list(theirs.keys())
+    for name, expected in theirs.items():
+        states = isinstance(expected, tuple)
+        both = zip(ours[name], expected, strict=True) if states else [(ours[name], expected)]
+        for output, original in both:
+            assert output.shape == (0, *original.shape[1:]), name
+            assert output.dtype == original.dtype
+    assert encoder_fast.report(model).fast_calls == 1

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 from berts import DEVICE, minilm_path
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -34,8 +32,18 @@ def encoder() -> TextEncoder:
     return TextEncoder.from_pretrained(minilm_path(), device=DEVICE)
 
 
-@given(count=st.integers(0, 5000), size=st.integers(1, 600))
-def test_windows_cover_a_text_and_share_it_out(count: int, size: int) -> None:
+def test_windows_cover_a_text_and_share_it_out() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.given(count=st.integers(0, 5000), size=st.integers(1, 600))
+    def check_one(count: int, size: int) -> None:
+        check_windows(count, size)
+
+    check_one()
+
+
+def check_windows(count: int, size: int) -> None:
     planned = windows(3, count, size)
     assert planned[0].start == planned[0].own_start == 0
     assert planned[-1].stop == planned[-1].own_stop == count
@@ -57,8 +65,18 @@ def test_truncation_keeps_the_side() -> None:
     assert truncated(0, 3, 4, "left") == Window(0, 0, 3, 0, 3)
 
 
-@given(first=st.integers(1, 40), second=st.integers(1, 40), room=st.integers(2, 50))
-def test_longest_first_as_tokenizers_does(first: int, second: int, room: int) -> None:
+def test_longest_first_as_tokenizers_does() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.given(st.integers(1, 40), st.integers(1, 40), st.integers(2, 50))
+    def check_one(first: int, second: int, room: int) -> None:
+        check_longest_first(first, second, room)
+
+    check_one()
+
+
+def check_longest_first(first: int, second: int, room: int) -> None:
     theirs = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
     theirs.pre_tokenizer = WhitespaceSplit()
     theirs.enable_truncation(room, strategy="longest_first")

@@ -1,16 +1,19 @@
 """Weights changed after patching take effect at the next call, however they were changed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import zoo
 from berts import DEVICE, inputs, tiny
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import encoder_fast
 from encoder_fast import weights
 from encoder_fast.backends import cpu_kernels
+from encoder_fast.backends.onednn import has_onednn
 from encoder_fast.fingerprints import RUN_BYTES, SAMPLE_RUNS, Samples, checksum_of_all
 
 LINEARS = (
@@ -238,6 +241,46 @@ def test_unchanged_weights_are_prepared_once(backend: str, monkeypatch: pytest.M
         for _ in range(3):
             model(**call)
     assert len(made) == 2 * 2  # Q, K, V and the output projection, of two layers
+
+
+class _Gemms(TorchDispatchMode):
+    """What oneDNN was asked for, and the GELUs that were not left to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.epilogues: list[str] = []
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "_linear_pointwise":
+            assert args[1 if func._overloadname == "default" else 2].is_mkldnn, "a plain weight"
+            attributes = [arg for arg in args if isinstance(arg, str)]
+            self.epilogues.append(" ".join(filter(None, attributes)))
+        elif name in ("_reorder_linear_weight", "gelu"):
+            self.others.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="oneDNN is the CPU's")
+@pytest.mark.skipif(not has_onednn(torch.float32), reason="PyTorch has no oneDNN here")
+@pytest.mark.parametrize(
+    ("width", "feed_forward"),
+    [(72, ["gelu none", "none"]), (600, ["gelu none", "none", "gelu none", "add"])],
+    ids=["whole", "in-slices"],
+)
+def test_onednn_has_reordered_weights_and_the_gelu(width: int, feed_forward: list[str]) -> None:
+    model, call = encoder_fast.patch(tiny(intermediate_size=width), "cpu", strict=True), inputs()
+    with torch.inference_mode():
+        with _Gemms() as first:
+            model(**call)
+        with _Gemms() as second:
+            model(**call)
+    # Q, K and V in one; the attention's output; the feed-forward
+    layer = ["none", "none", *feed_forward]
+    assert first.epilogues == second.epilogues == layer * 2
+    assert first.others == ["_reorder_linear_weight"] * len(layer) * 2
+    assert second.others == []
 
 
 @pytest.mark.parametrize("family", ["deberta", "deberta_v2"])
