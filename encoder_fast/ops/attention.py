@@ -1,7 +1,8 @@
 """Variable-length bidirectional attention over packed tokens.
 
 For each sequence and head, ``softmax(q kᵀ · softmax_scale) v`` over the keys of that sequence
-alone. No score matrix is kept (Dao 2023, FlashAttention-2, https://arxiv.org/abs/2307.08691).
+alone. Scores are never in memory as a whole (Dao 2023, FlashAttention-2,
+https://arxiv.org/abs/2307.08691); on a CPU without kernels of its own, those of a few heads are.
 
 Two options, of which a call may use one: keys within a window of the query (Longformer, Beltagy et
 al. 2020, https://arxiv.org/abs/2004.05150), and a bias by the distance from query to key (T5,
