@@ -112,7 +112,8 @@ def add_layer_norm(
         return out
     stride_x_row = x.stride(0)
     stride_residual_row = 0 if residual is None else residual.stride(0)
-    tile = tile_for("add_layer_norm", N, x.element_size(), x.device)
+    align = row_align(x.element_size(), stride_x_row, stride_residual_row, N)
+    tile = tile_for("add_layer_norm", N, x.element_size(), align, x.device)
     with torch.cuda.device_of(x):
         add_layer_norm_kernel[(ceil_div(M, tile.rows),)](
             x,
@@ -129,7 +130,7 @@ def add_layer_norm(
             N=N,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.block_n(x.element_size()),
-            ROW_ALIGN=row_align(x.element_size(), stride_x_row, stride_residual_row),
+            ROW_ALIGN=align,
             num_warps=tile.num_warps,
         )
     return out

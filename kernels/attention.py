@@ -47,6 +47,7 @@ from encoder_fast.kernels.attention_tiles import (
     sequence_of_tile,
     shared_memory,
     tile_grid,
+    with_aligned_heads,
 )
 from encoder_fast.kernels.integers import ceil_div, next_power_of_2
 from encoder_fast.kernels.launch_table import tuned
@@ -340,6 +341,7 @@ def attention(
     if out.numel() == 0:
         return out
 
+    q, k, v = with_aligned_heads(q), with_aligned_heads(k), with_aligned_heads(v)
     longest = max(1, min(max_seqlen, total))
     biased = relative_bias is not None
     config = launch_config(q.device, head_dim, q.dtype, longest, total // batch, biased)

@@ -34,6 +34,15 @@ def shared_memory(device: torch.device) -> int:
     return properties.shared_memory_per_block_optin
 
 
+def with_aligned_heads(x: torch.Tensor) -> torch.Tensor:
+    """(total, H, D) as it is where each head of each token begins at a multiple of 16 bytes, and
+    Triton can see that; else a copy. Elsewhere a kernel would read an element at a time, 16 loads
+    and addresses for one, and spill registers."""
+    if x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def tile_grid(total: int, batch: int, longest: int, block_m: int) -> tuple[int, int]:
     """(tiles of each sequence, or 0 for slots; tiles in all)."""
     slots = total // block_m + batch

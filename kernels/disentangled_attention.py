@@ -43,6 +43,7 @@ from encoder_fast.kernels.attention_tiles import (
     sequence_of_tile,
     shared_memory,
     tile_grid,
+    with_aligned_heads,
 )
 from encoder_fast.kernels.integers import next_power_of_2
 
@@ -271,13 +272,14 @@ def disentangled_attention(
     if out.numel() == 0:
         return out
 
+    q, k, v = with_aligned_heads(q), with_aligned_heads(k), with_aligned_heads(v)
     longest = max(1, min(max_seqlen, total))
     short, long = configs(head_dim, q.dtype, shared_memory(q.device))
     config = short if longest <= short.chunk else long
     tiles_per_sequence, n_tiles = tile_grid(total, batch, longest, config.block_m)
     # A table that is not there is never read; any tensor stands in for its pointer and strides.
-    key_table = q if pos_key is None else pos_key
-    query_table = q if pos_query is None else pos_query
+    key_table = q if pos_key is None else with_aligned_heads(pos_key)
+    query_table = q if pos_query is None else with_aligned_heads(pos_query)
     with torch.cuda.device_of(q):
         disentangled_attention_kernel[(n_tiles * heads,)](
             out,

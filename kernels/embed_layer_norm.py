@@ -134,7 +134,8 @@ def embed_layer_norm(
     stride_word_row, n_word = word.stride(0), word.shape[0]
     stride_position_row, n_position = _stride_and_rows(position)
     stride_token_type_row, n_token_type = _stride_and_rows(token_type)
-    tile = tile_for("embed_layer_norm", N, itemsize, word.device)
+    align = row_align(itemsize, stride_word_row, stride_position_row, stride_token_type_row, N)
+    tile = tile_for("embed_layer_norm", N, itemsize, align, word.device)
     with torch.cuda.device_of(word):
         embed_layer_norm_kernel[(ceil_div(total, tile.rows),)](
             input_ids,
@@ -157,9 +158,7 @@ def embed_layer_norm(
             N=N,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.block_n(itemsize),
-            ROW_ALIGN=row_align(
-                itemsize, stride_word_row, stride_position_row, stride_token_type_row
-            ),
+            ROW_ALIGN=align,
             num_warps=tile.num_warps,
         )
     return out

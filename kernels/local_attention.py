@@ -35,6 +35,7 @@ from encoder_fast.kernels.attention_tiles import (
     sequence_of_tile,
     shared_memory,
     tile_grid,
+    with_aligned_heads,
 )
 from encoder_fast.kernels.integers import next_power_of_2
 
@@ -202,6 +203,7 @@ def local_attention(
     if out.numel() == 0:
         return out
 
+    q, k, v = with_aligned_heads(q), with_aligned_heads(k), with_aligned_heads(v)
     longest = max(1, min(max_seqlen, total))
     config = choose_config(head_dim, q.dtype, shared_memory(q.device))
     tiles_per_sequence, n_tiles = tile_grid(total, batch, longest, config.block_m)

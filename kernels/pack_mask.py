@@ -4,8 +4,8 @@
     cu_seqlens = exclusive prefix sum of lengths
     indices    = the b * S + s with mask[b, s] != 0, in order
 
-    mask        (B, S), of any integer, floating-point or boolean type, any strides
-    input_ids   (B, S), int64 or int32, any strides
+    mask        (B, S), of any integer, floating-point or boolean type
+    input_ids   (B, S), int64 or int32
     cu_seqlens  (B + 1,), int32
     indices     (total + onlookers,), int64
 
@@ -56,9 +56,7 @@ def count_tokens_kernel(
     B,
     S,
     stride_mask_row,
-    stride_mask_col,
     stride_ids_row,
-    stride_ids_col,
     vocab_size,
     ONLOOKERS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -78,7 +76,7 @@ def count_tokens_kernel(
     for i_s in range(0, S, BLOCK_S):
         o_s = i_s + tl.arange(0, BLOCK_S)[None, :]
         o_col = o_s.to(tl.int64)
-        b_value = tl.load(p_mask + o_col * stride_mask_col, mask=m_b & (o_s < S), other=0)
+        b_value = tl.load(p_mask + o_col, mask=m_b & (o_s < S), other=0)
         if p_mask.dtype.element_ty == tl.bfloat16:
             # The interpreter of Triton 3.9 compares its bits, and so takes -0.0 for a token.
             b_value = b_value.to(tl.float32)
@@ -89,7 +87,7 @@ def count_tokens_kernel(
         b_last = tl.maximum(b_last, tl.where(b_valid, o_s, -1))
         b_other |= b_valid & (b_value != 1)
         if p_ids is not None:
-            b_id = tl.load(p_ids + o_col * stride_ids_col, mask=b_valid, other=0)
+            b_id = tl.load(p_ids + o_col, mask=b_valid, other=0)
             b_outside |= b_valid & ((b_id < 0) | (b_id >= vocab_size))
 
     b_length = tl.sum(b_count, axis=1, keep_dims=True)
@@ -138,7 +136,6 @@ def place_tokens_kernel(
     B,
     S,
     stride_mask_row,
-    stride_mask_col,
     total,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -158,7 +155,7 @@ def place_tokens_kernel(
     for i_s in range(0, S, BLOCK_S):
         o_s = (i_s + tl.arange(0, BLOCK_S)[None, :]).to(tl.int64)
         m_s = m_b[:, None] & (o_s < S)
-        b_value = tl.load(p_mask + o_s * stride_mask_col, mask=m_s, other=0)
+        b_value = tl.load(p_mask + o_s, mask=m_s, other=0)
         if p_mask.dtype.element_ty == tl.bfloat16:
             b_value = b_value.to(tl.float32)  # as above
         b_valid = b_value != 0
@@ -172,6 +169,11 @@ def place_tokens_kernel(
         m_onlooker = tl.load(p_headless + o_b, mask=m_b, other=0) != 0
         tl.store(p_onlooker_rows + b_rank, o_row, mask=m_onlooker)
         tl.store(p_indices + total + b_rank, o_row * S, mask=m_onlooker)
+
+
+def _with_adjacent_columns(x: torch.Tensor) -> torch.Tensor:
+    """(B, S) as it is, or else a copy: tokenizers give no other strides."""
+    return x if x.stride(1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def count_tokens(
@@ -192,20 +194,20 @@ def count_tokens(
     facts = torch.zeros(6, dtype=torch.int64, device=mask.device)
     lengths = torch.empty(B, dtype=torch.int32, device=mask.device)
     headless = torch.empty(B, dtype=torch.bool, device=mask.device)
-    stride_ids_row, stride_ids_col = (0, 0) if input_ids is None else input_ids.stride()
+    mask = _with_adjacent_columns(mask)
+    ids = None if input_ids is None else _with_adjacent_columns(input_ids)
+    stride_ids_row = 0 if ids is None else ids.stride(0)
     with torch.cuda.device_of(mask):
         count_tokens_kernel[(ceil_div(B, BLOCK_B),)](
             mask,
-            input_ids,
+            ids,
             facts,
             lengths,
             headless,
             B,
             S,
             mask.stride(0),
-            mask.stride(1),
             stride_ids_row,
-            stride_ids_col,
             vocab_size,
             ONLOOKERS=onlookers,
             BLOCK_B=BLOCK_B,
@@ -230,6 +232,7 @@ def place_tokens(
         onlooker_rows: int64 (onlookers,); None where there are to be none.
     """
     B, S = mask.shape
+    mask = _with_adjacent_columns(mask)
     cu_seqlens = torch.empty(B + 1, dtype=torch.int32, device=mask.device)
     indices = torch.empty(total + onlookers, dtype=torch.int64, device=mask.device)
     onlooker_rows = None
@@ -247,7 +250,6 @@ def place_tokens(
             B,
             S,
             mask.stride(0),
-            mask.stride(1),
             total,
             BLOCK_B=BLOCK_B,
             BLOCK_S=BLOCK_S,

@@ -79,15 +79,21 @@ def row_class(N: int, itemsize: int) -> str:
     return f"N<={limit}, {itemsize} bytes"
 
 
-def tile_for(kernel: str, N: int, itemsize: int, device: torch.device) -> RowTile:
-    """The tile measured for this card, or else that of `row_tile`."""
+def tile_for(kernel: str, N: int, itemsize: int, align: int, device: torch.device) -> RowTile:
+    """The tile measured for this card, or else that of `row_tile`; `align` is from `row_align`."""
+    if align * itemsize < ACCESS_BYTES:
+        # Each element has an address then: with as many to a thread some kernels spill registers.
+        return row_tile(min(2 * N, ROW_TILES[-1][0]))
     tile = row_tile(N)
     config = tuned(kernel, row_class(N, itemsize), device)
     return tile if config is None else RowTile(config["lanes"], config["num_warps"])
 
 
 def row_align(itemsize: int, *strides: int) -> int:
-    """Elements by which rows at these strides are sure to be aligned; one access is enough."""
+    """Elements by which rows at these strides are sure to be aligned; one access is enough.
+
+    Rows of an output, or of vectors, lie N apart: N is then one of the strides.
+    """
     return math.gcd(ACCESS_BYTES // itemsize, *strides)
 
 

@@ -32,9 +32,9 @@ from bench.sources import ROOT, changed, fingerprint, fingerprints, sources_of_o
 from bench.suites import kernels, models, texts
 from bench.workloads import Workload
 from encoder_fast.kernels import launch_table
-from encoder_fast.kernels.attention import choose_config, launch_config, shape_class
-from encoder_fast.kernels.attention_tiles import shared_memory
-from encoder_fast.kernels.row_norm import RowTile, row_class, row_tile, tile_for
+from encoder_fast.kernels.attention import choose_config, ladders, launch_config, shape_class
+from encoder_fast.kernels.attention_tiles import LARGE_SHARED_MEMORY, shared_memory
+from encoder_fast.kernels.row_norm import ROW_TILES, RowTile, row_class, row_tile, tile_for
 from encoder_fast.parity import ParityRow
 
 MACHINE = find_machine(fake=True)
@@ -324,12 +324,23 @@ def test_tuning_in_miniature(tmp_path: Path) -> None:
 
 
 def check_table(table: dict) -> None:
+    """An entry under any other name would be looked up by no launcher."""
+    row_classes = {row_class(N, itemsize) for N, _ in ROW_TILES for itemsize in (2, 4)}
+    tile_classes = {
+        shape_class(head_dim, dtype, config)
+        for head_dim in (16, 32, 64, 96, 128)
+        for dtype in (torch.float16, torch.float32)
+        for bytes_of_a_block in (99 * 1024, LARGE_SHARED_MEMORY)
+        for _, config in sum(ladders(head_dim, dtype, bytes_of_a_block), ())
+    }
     for card in table.values():
         assert set(card) <= {"add_layer_norm", "embed_layer_norm", "attention"}
         for kernel in ("add_layer_norm", "embed_layer_norm"):
-            for config in card.get(kernel, {}).values():
+            for name, config in card.get(kernel, {}).items():
+                assert name in row_classes
                 assert RowTile(**config).rows >= 1
         for name, config in card.get("attention", {}).items():
+            assert name in tile_classes
             assert set(config) == {"block_m", "block_n", "num_warps", "num_stages"}
             # a narrower tile would lose keys
             keys = re.search(r"one tile of (\d+) keys", name)
@@ -355,14 +366,14 @@ def test_launchers_read_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shape_class == row_class(1024, 2) != row_class(768, 4)
     own = row_tile(768)
     with launch_table.forced("add_layer_norm", shape_class, {"lanes": 64, "num_warps": 2}):
-        assert tile_for("add_layer_norm", 768, 2, cpu) == RowTile(64, 2)
-        assert tile_for("embed_layer_norm", 768, 2, cpu) == own
-    assert tile_for("add_layer_norm", 768, 2, cpu) == own
+        assert tile_for("add_layer_norm", 768, 2, 8, cpu) == RowTile(64, 2)
+        assert tile_for("embed_layer_norm", 768, 2, 8, cpu) == own
+    assert tile_for("add_layer_norm", 768, 2, 8, cpu) == own
     table = {"Known": {"add_layer_norm": {shape_class: {"lanes": 16, "num_warps": 8}}}}
     monkeypatch.setattr(launch_table, "load", lambda: table)
     for card, expected in (("Known", RowTile(16, 8)), ("Unknown", own)):
         monkeypatch.setattr(launch_table, "_card", lambda device, card=card: card)
-        assert tile_for("add_layer_norm", 768, 2, gpu) == expected
+        assert tile_for("add_layer_norm", 768, 2, 8, gpu) == expected
 
 
 def test_attention_reads_the_table() -> None:

@@ -1,29 +1,39 @@
-"""The launch configurations of the attention kernels, compiled for cards that are not there."""
+"""What the launchers of attention launch, compiled for cards that are not there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import product
 
 import pytest
 import torch
-from triton_compile import ARCHS, SHARED_LIMIT, CompileCase, CompileReport, compile_cases, problems
+from triton_compile import (
+    ARCHS,
+    SHARED_LIMIT,
+    CompiledKernel,
+    LauncherCall,
+    compile_launches,
+    problems,
+)
 
 from encoder_fast.kernels import local_attention
-from encoder_fast.kernels.attention import AttentionConfig, choose_config, ladders
+from encoder_fast.kernels.attention import (
+    AttentionConfig,
+    attention,
+    choose_config,
+    ladders,
+)
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
-
-# fp16 and bf16 share their configurations and compile alike but for the type in the instruction, so
-# each takes half of the architectures. fp32 runs both ways that PyTorch's setting can ask for.
-PRECISIONS = {
-    80: (("fp16", "tf32"), ("fp32", "ieee"), ("fp32", "tf32")),
-    89: (("bf16", "tf32"), ("fp32", "ieee"), ("fp32", "tf32")),
-    90: (("fp16", "tf32"), ("fp32", "ieee"), ("fp32", "tf32")),
-    100: (("bf16", "tf32"), ("fp32", "ieee"), ("fp32", "tf32")),
-}
+KINDS = ("plain", "biased", "local")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# float32 runs both ways that PyTorch's setting can ask for.
+PRECISIONS = {"fp16": ("highest",), "bf16": ("highest",), "fp32": ("highest", "high")}
 TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+# (sequences, tokens of each) that between them reach every rung of the ladders, and some twice.
+BATCHES = ((4, 16), (4, 32), (4, 64), (4, 128), (4, 160), (2, 4096))
 
 # The configurations were chosen with this release, and there none may spill. In others ptxas saves
 # a few registers of one configuration or another, mostly in float32, to get one more block on a
@@ -32,113 +42,106 @@ STRICT_TRITON = "3.6."
 OTHER_TRITON_SPILLS = 128
 
 
-def case_of(
-    kernel: str, tile: dict[str, object], warps: tuple[int, int], head_dim: int, dtype: str,
-    precision: str, arch: int,
-) -> CompileCase:  # fmt: skip
-    """`kernel` is plain, biased or local."""
-    signature = {f"p_{name}": f"*{dtype}:16" for name in ("out", "q", "k", "v")}
-    signature["p_cu_seqlens"] = "*i32"
-    for name in ("q", "k", "v"):
-        signature[f"stride_{name}_row"] = signature[f"stride_{name}_head"] = "i32:16"
-    for name in ("total", "batch", "heads", "tiles_per_sequence", "search_steps"):
-        signature[name] = "i32"
-    signature["scale_log2"] = "fp32"
-    constants = {
-        **tile,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": 128 if head_dim == 96 else head_dim,
-        "INPUT_PRECISION": precision,
-    }
-    if kernel == "local":
-        path = "local_attention:local_attention_kernel"
-        signature["window_size"] = "i32"
-    else:
-        path = "attention:attention_kernel"
-        signature |= {"stride_bias_head": "i32", "reach": "i32", "bias_scale": "fp32"}
-        if kernel == "biased":
-            signature["p_bias"] = f"*{dtype}"
-        else:
-            constants["p_bias"] = None
-    name = f"{kernel}-{dtype}-{precision}-D{head_dim}-{'-'.join(map(str, tile.values()))}"
-    return CompileCase(
-        name=f"sm_{arch}-{name}-w{warps[0]}-s{warps[1]}",
-        kernel=f"encoder_fast.kernels.{path}",
-        signature=signature,
-        constexprs=constants,
-        num_warps=warps[0],
-        num_stages=warps[1],
-        arch=arch,
-    )
+def launch_attention(
+    kind: str, dtype: str, precision: str, head_dim: int, bias_dtype: str | None = None
+) -> None:
+    """On packed q, k and v as the engine has them, and on rows that begin anywhere."""
+    torch.set_float32_matmul_precision(precision)
+    bias = torch.empty(12, 255, dtype=DTYPES[bias_dtype or dtype]) if kind == "biased" else None
+    for batch, length in BATCHES:
+        cu_seqlens = torch.empty(batch + 1, dtype=torch.int32)
+        for begin in (0, 1):
+            wide = torch.empty(batch * length, 3, 12, head_dim + begin, dtype=DTYPES[dtype])
+            q, k, v = wide[..., begin:].unbind(1)
+            if kind == "local":
+                local_attention.local_attention(q, k, v, cu_seqlens, length, 0.125, 64)
+            else:
+                attention(q, k, v, cu_seqlens, length, 0.125, bias)
 
 
-def cases_for(arch: int, head_dim: int, dtype: str, precision: str) -> Iterator[CompileCase]:
-    """Every configuration that ships, on one architecture."""
-    shared_memory = SHARED_LIMIT[arch]
-    rest = (head_dim, dtype, precision, arch)
-    for kernel in ("plain", "biased"):
-        by_longest, by_mean = ladders(head_dim, DTYPES[dtype], shared_memory, kernel == "biased")
-        for _, config in by_longest + by_mean:
-            tile = {
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-                "ONE_KEY_TILE": config.one_key_tile,
-                "PACK_ROWS": config.pack_rows,
-            }
-            yield case_of(kernel, tile, (config.num_warps, config.num_stages), *rest)
-    local = local_attention.choose_config(head_dim, DTYPES[dtype], shared_memory)
-    tile = {"BLOCK_M": local.block_m, "BLOCK_N": local.block_n}
-    yield case_of("local", tile, (local.num_warps, local.num_stages), *rest)
-
-
-Launches = list[tuple[CompileCase, CompileReport]]
+def calls_for(arch: int) -> Iterator[LauncherCall]:
+    function = "test_compile_attention:launch_attention"
+    for kind, dtype, head_dim in product(KINDS, DTYPES, HEAD_DIMS):
+        for precision in PRECISIONS[dtype]:
+            arguments = {"kind": kind, "dtype": dtype, "head_dim": head_dim}
+            yield LauncherCall(function, {**arguments, "precision": precision}, arch)
+    # A bias may be float32 beside half precision.
+    arguments = {"kind": "biased", "dtype": "bf16", "head_dim": 64, "bias_dtype": "fp32"}
+    yield LauncherCall(function, {**arguments, "precision": "highest"}, arch)
 
 
 @pytest.fixture(scope="module")
-def launches() -> Launches:
-    # In one go: starting a process that compiles costs as much as some cases.
-    cases = [
-        case
-        for arch in ARCHS
-        for dtype, precision in PRECISIONS[arch]
-        for head_dim in HEAD_DIMS
-        for case in cases_for(arch, head_dim, dtype, precision)
-    ]
-    reports = compile_cases(cases)
-    return [(case, reports[case.name]) for case in cases]
+def launches() -> list[CompiledKernel]:
+    # In one go: starting a process that compiles costs as much as some kernels.
+    return compile_launches([call for arch in ARCHS for call in calls_for(arch)])
 
 
-def shortcomings(case: CompileCase, report: CompileReport) -> list[str]:
-    strict = report.triton_version.startswith(STRICT_TRITON)
-    if not strict and report.spills_bytes <= OTHER_TRITON_SPILLS:
-        report = replace(report, spills_bytes=0, stack_bytes=0)
-    found = problems(report, case.arch)
-    if report.error:
+def kind_of(kernel: CompiledKernel) -> str:
+    if kernel.kernel == "local_attention_kernel":
+        return "local"
+    return "biased" if "p_bias" in kernel.types else "plain"
+
+
+def shortcomings(kernel: CompiledKernel) -> list[str]:
+    strict = kernel.triton_version.startswith(STRICT_TRITON)
+    if not strict and kernel.spills_bytes <= OTHER_TRITON_SPILLS:
+        kernel = replace(kernel, spills_bytes=0, stack_bytes=0)
+    found = problems(kernel)
+    if kernel.error:
         return found
-    half = "-fp32-" not in case.name
+    half = kernel.types["p_out"] != "*fp32:16"
+    tile = kernel.constants
     # From Hopper on they take 64 rows at the least; a packed tile of 32 runs on Ampere's.
-    tensor_cores = TENSOR_CORES[case.arch if case.constexprs["BLOCK_M"] >= 64 else 80]
-    if half and tensor_cores not in report.ptx:
+    tensor_cores = TENSOR_CORES[kernel.arch if tile["BLOCK_M"] >= 64 else 80]
+    if half and tensor_cores not in kernel.ptx:
         found.append(f"never uses {tensor_cores}")
-    if not case.constexprs.get("ONE_KEY_TILE") and not report.count(r"cp\.async\.c[ag]"):
+    if not tile.get("ONE_KEY_TILE") and not kernel.count(r"cp\.async\.c[ag]"):
         found.append("loads keys and values without asynchronous copies")
     # Aligned rows are read and written 16 bytes at a time, where a tile has that much for a thread.
-    tile = case.constexprs["BLOCK_M"] * case.constexprs["BLOCK_D"] * (2 if half else 4)
-    if tile >= 16 * 32 * case.num_warps:
-        if not report.count(r"ld\.global[\w.:]*\.v4\.b32"):
+    tile_bytes = tile["BLOCK_M"] * tile["BLOCK_D"] * (2 if half else 4)
+    if tile_bytes >= 16 * 32 * kernel.num_warps:
+        if not kernel.count(r"ld\.global[\w.:]*\.v4\.b32"):
             found.append("has no 16-byte loads")
-        if not report.count(r"st\.global[\w.:]*\.v4\.b32"):
+        if not kernel.count(r"st\.global[\w.:]*\.v4\.b32"):
             found.append("has no 16-byte stores")
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
-def test_shipped_configurations_fit_the_card(arch: int, launches: Launches) -> None:
-    here = [(case, report) for case, report in launches if case.arch == arch]
-    assert {case.name.split("-")[1] for case, _ in here} == {"plain", "biased", "local"}
-    wrong = [f"{case.name}: {line}" for case, report in here for line in shortcomings(case, report)]
+def test_launches_fit_the_card(arch: int, launches: list[CompiledKernel]) -> None:
+    here = [kernel for kernel in launches if kernel.arch == arch]
+    wrong = [f"{kernel}: {line}" for kernel in here for line in shortcomings(kernel)]
     assert not wrong, "\n".join(wrong)
+
+
+def launched(kernel: CompiledKernel) -> tuple[object, ...]:
+    """What tells launches of one architecture apart."""
+    tile = kernel.constants
+    sizes = (tile["BLOCK_M"], tile["BLOCK_N"], kernel.num_warps, kernel.num_stages)
+    dtype, _, _ = kernel.types["p_out"].removeprefix("*").partition(":")
+    rest = (kind_of(kernel), dtype, tile["INPUT_PRECISION"], tile["HEAD_DIM"])
+    return (*rest, *sizes, tile.get("ONE_KEY_TILE", False), tile.get("PACK_ROWS", False))
+
+
+def shipped(arch: int) -> Iterator[tuple[object, ...]]:
+    """The same of every configuration in the ladders."""
+    for dtype in DTYPES:
+        for precision in ("ieee", "tf32") if dtype == "fp32" else ("tf32",):
+            for head_dim in HEAD_DIMS:
+                which = (head_dim, DTYPES[dtype], SHARED_LIMIT[arch])
+                for kind in ("plain", "biased"):
+                    for _, config in sum(ladders(*which, kind == "biased"), ()):
+                        yield (kind, dtype, precision, head_dim, *asdict(config).values())
+                local = asdict(local_attention.choose_config(*which))
+                yield ("local", dtype, precision, head_dim, *local.values(), False, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+def test_every_configuration_is_launched(arch: int, launches: list[CompiledKernel]) -> None:
+    here = {launched(k) for k in launches if k.arch == arch and not k.error}
+    assert here == set(shipped(arch))
 
 
 @pytest.mark.parametrize("biased", (False, True), ids=("plain", "biased"))

@@ -1,98 +1,91 @@
-"""Every launch configuration of disentangled attention, compiled for cards that are not there."""
+"""What the launcher of disentangled attention launches, compiled for cards that are not there."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
+
 import pytest
 import torch
-from triton_compile import ARCHS, SHARED_LIMIT, CompileCase, compile_cases, problems
+from triton_compile import (
+    ARCHS,
+    SHARED_LIMIT,
+    CompiledKernel,
+    LauncherCall,
+    compile_launches,
+    problems,
+)
 
-from encoder_fast.kernels.disentangled_attention import DisentangledConfig, configs
+from encoder_fast.kernels.disentangled_attention import configs, disentangled_attention
 
-# fp16 and bf16 compile alike but for the type in the instruction, so each takes half of the
-# architectures.
-HALF = {80: "fp16", 89: "bf16", 90: "fp16", 100: "bf16"}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-BOTH = (True, True)
 
 
-def case_of(
-    config: DisentangledConfig,
-    head_dim: int,
-    dtype: str,
-    precision: str,
-    arch: int,
-    terms: tuple[bool, bool] = BOTH,
-) -> CompileCase:
-    has_key, has_query = terms
-    arrays = ("q", "k", "v", "pos_key", "pos_query")
-    signature = {f"p_{name}": f"*{dtype}:16" for name in ("out", *arrays)}
-    signature["p_row"] = signature["p_cu_seqlens"] = "*i32"
-    for name in arrays:
-        signature[f"stride_{name}_row"] = signature[f"stride_{name}_head"] = "i32:16"
-    for name in ("total", "batch", "heads", "tiles_per_sequence", "search_steps", "reach"):
-        signature[name] = "i32"
-    signature["scale_log2"] = "fp32"
-    return CompileCase(
-        name=f"{dtype}-{precision}-D{head_dim}-{config.block_m}x{config.chunk}-{terms}",
-        kernel="encoder_fast.kernels.disentangled_attention:disentangled_attention_kernel",
-        signature=signature,
-        constexprs={
-            "HEAD_DIM": head_dim,
-            "BLOCK_D": head_dim,
-            "BLOCK_M": config.block_m,
-            "CHUNK": config.chunk,
-            "HAS_POS_KEY": has_key,
-            "HAS_POS_QUERY": has_query,
-            "INPUT_PRECISION": precision,
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        arch=arch,
-    )
+def launch(
+    dtype: str, head_dim: int, precision: str = "highest", terms: tuple[bool, bool] = (True, True)
+) -> None:
+    """Short batches and a long one, of rows as the engine has them and of others."""
+    torch.set_float32_matmul_precision(precision)
+    for length, begin in product((16, 32, 512), (0, 1)):
+        wide = torch.empty(2 * length, 3, 12, head_dim + begin, dtype=DTYPES[dtype])
+        q, k, v = wide[..., begin:].unbind(1)
+        table = torch.empty(512, 12, head_dim, dtype=DTYPES[dtype])
+        pos_key, pos_query = (table if there else None for there in terms)
+        rows, cu_seqlens = torch.empty(511, dtype=torch.int32), torch.empty(3, dtype=torch.int32)
+        disentangled_attention(q, k, v, pos_key, pos_query, rows, cu_seqlens, length, 0.125)
 
 
-def cases_for(arch: int) -> list[CompileCase]:
-    half = HALF[arch]
-    cases = [
-        case_of(config, head_dim, half, "tf32", arch)
-        for head_dim in (32, 64, 128)
-        for config in dict.fromkeys(configs(head_dim, DTYPES[half], SHARED_LIMIT[arch]))
-    ]
+def calls_for(arch: int) -> Iterator[LauncherCall]:
+    function = "test_compile_disentangled:launch"
+    for dtype, head_dim in product(("fp16", "bf16"), (32, 64, 128)):
+        yield LauncherCall(function, {"dtype": dtype, "head_dim": head_dim}, arch)
     # All DeBERTas have heads of 64. Wider ones in float32 run, but spill registers.
-    for precision in ("ieee", "tf32"):
-        config, _ = configs(64, torch.float32, SHARED_LIMIT[arch])
-        cases.append(case_of(config, 64, "fp32", precision, arch))
-    if arch == 90:
-        _, config = configs(64, DTYPES[half], SHARED_LIMIT[arch])
-        for terms in ((True, False), (False, True)):
-            cases.append(case_of(config, 64, half, "tf32", arch, terms))
-    return cases
+    for precision in ("highest", "high"):
+        arguments = {"dtype": "fp32", "head_dim": 64, "precision": precision}
+        yield LauncherCall(function, arguments, arch)
+    for terms in ((True, False), (False, True)):
+        yield LauncherCall(function, {"dtype": "fp16", "head_dim": 64, "terms": terms}, arch)
+
+
+@pytest.fixture(scope="module")
+def launches() -> list[CompiledKernel]:
+    return compile_launches([call for arch in ARCHS for call in calls_for(arch)])
+
+
+def shortcomings(kernel: CompiledKernel) -> list[str]:
+    # Four products of 64 by 32 in a row, each waited for: none is long enough to overlap with.
+    found = [line for line in problems(kernel) if "wgmma" not in line]
+    if kernel.error:
+        return found
+    half = kernel.types["p_out"] != "*fp32:16"
+    if half and not kernel.tensor_core_ops:
+        found.append("never uses the tensor cores")
+    if kernel.num_stages > 1 and not kernel.count(r"cp\.async\.c[ag]"):
+        found.append("loads without asynchronous copies")
+    # One shuffle an element and term, and the reductions over rows: the general lowering of a
+    # gather, which this kernel is written to avoid, takes four times as many and more. (With
+    # one term alone, Triton changes layouts by shuffles too.)
+    tile = kernel.constants
+    values = tile["BLOCK_M"] * tile["CHUNK"] // (32 * kernel.num_warps)
+    shuffles = kernel.count(r"shfl\.sync")
+    if half and tile["HAS_POS_KEY"] and tile["HAS_POS_QUERY"] and shuffles > 2 * values + 48:
+        found.append(f"takes {shuffles} shuffles for {values} values")
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
-def test_shipped_configurations_fit_the_card(arch: int) -> None:
-    cases = cases_for(arch)
-    reports = compile_cases(cases)
-    wrong = []
-    for case in cases:
-        report = reports[case.name]
-        # Four products of 64 by 32 in a row, each waited for: none is long enough to overlap with.
-        found = [line for line in problems(report, arch) if "wgmma" not in line]
-        half = case.name.startswith(HALF[arch])
-        if half and not report.error and not report.tensor_core_ops:
-            found.append("never uses the tensor cores")
-        if case.num_stages > 1 and not report.count(r"cp\.async\.c[ag]"):
-            found.append("loads without asynchronous copies")
-        # One shuffle an element and term, and the reductions over rows: the general lowering of a
-        # gather, which this kernel is written to avoid, takes four times as many and more. (With
-        # one term alone, Triton changes layouts by shuffles too.)
-        values = case.constexprs["BLOCK_M"] * case.constexprs["CHUNK"] // (32 * case.num_warps)
-        both = case.constexprs["HAS_POS_KEY"] and case.constexprs["HAS_POS_QUERY"]
-        if half and both and report.count(r"shfl\.sync") > 2 * values + 48:
-            found.append(f"takes {report.count(r'shfl.sync')} shuffles for {values} values")
-        wrong += [f"{case.name}: {line}" for line in found]
+def test_launches_fit_the_card(arch: int, launches: list[CompiledKernel]) -> None:
+    here = [kernel for kernel in launches if kernel.arch == arch]
+    wrong = [f"{kernel}: {line}" for kernel in here for line in shortcomings(kernel)]
     assert not wrong, "\n".join(wrong)
+    tiles = {(k.constants["BLOCK_M"], k.constants["CHUNK"]) for k in here}
+    expected = (
+        (config.block_m, config.chunk)
+        for head_dim, dtype in ((32, "fp16"), (64, "fp16"), (128, "fp16"), (64, "fp32"))
+        for config in configs(head_dim, DTYPES[dtype], SHARED_LIMIT[arch])
+    )
+    assert tiles == set(expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

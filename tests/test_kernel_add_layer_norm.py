@@ -23,7 +23,7 @@ from layer_norm_oracle import (
 from torch import Tensor
 
 from encoder_fast.backends import load
-from encoder_fast.kernels.row_norm import ROW_TILES, row_align, row_tile
+from encoder_fast.kernels.row_norm import ROW_TILES, row_align, row_tile, tile_for
 
 pytestmark = MARKS
 
@@ -236,6 +236,16 @@ def test_tiles_cover_every_width_without_idle_lanes():
             assert pieces * 16 // itemsize <= 40, "registers"
     for N, itemsize in product((384, 512, 768, 1024), (2, 4)):
         assert N % row_tile(N).block_n(itemsize) == 0, "a lane is masked off"
+
+
+def test_rows_that_begin_anywhere_take_a_wider_tile():
+    cpu = torch.device("cpu")
+    for N in range(1, ROW_TILES[-1][0] + 1):
+        for itemsize in (2, 4):
+            align = row_align(itemsize, N)
+            tile = tile_for("add_layer_norm", N, itemsize, align, cpu)
+            narrow = align * itemsize < 16
+            assert tile == row_tile(min(2 * N, ROW_TILES[-1][0]) if narrow else N)
 
 
 def test_width_beyond_the_last_tile():

@@ -1,41 +1,32 @@
-"""Compile Triton kernels for cards that are not there, and read what they need.
+"""Launch Triton kernels for cards that are not there, and read what the compiled code needs.
 
 Triton compiles for any target it is told, so a machine without a GPU can still prove that a launch
 configuration fits a card: registers without spills, shared memory within the block's limit, tensor
-core instructions in the PTX.
+core instructions in the PTX. What is compiled is what a launcher of the package launches, found out
+by calling it: no test says once more which tile, types or alignments a kernel gets.
 
-A kernel decorated while `TRITON_INTERPRET=1` is an interpreted function and cannot be compiled.
-The test process may well run that way, so `compile_cases` starts its own Python processes without
-that variable, hands them the cases as JSON and gets the reports back as JSON. `compile_for` is
-what runs inside, and can be called directly wherever the interpreter is off.
+    calls = [LauncherCall("test_compile_norms:launch_norms", {"dtype": "float16"}, arch=90)]
+    for kernel in compile_launches(calls):
+        assert problems(kernel) == []
 
-    CASE = CompileCase(
-        name="fp16-D64-sm90",
-        kernel="encoder_fast.kernels.attention:attention_kernel",
-        signature={"p_q": "*fp16:16", "stride_q_row": "i32:16", "total": "i32", "scale": "fp32"},
-        constexprs={"BLOCK_M": 64, "HEAD_DIM": 64},
-        num_warps=4, num_stages=2, arch=90,
-    )
-    report = compile_cases([CASE])["fp16-D64-sm90"]
-    assert problems(report, arch=90) == []
-
-A signature names the runtime arguments in Triton's type strings. The suffix `:16` states what the
-launcher would find out at run time: a pointer aligned to 16 bytes, or an integer divisible by 16.
-An integer that is always 1 belongs in `constexprs`, which is where the launcher would put it.
+The function that a call names is run in a Python process of its own, for a kernel decorated while
+`TRITON_INTERPRET=1` is an interpreted function and cannot be compiled. There Triton's driver is one
+for a card of that architecture which launches nothing. The calls go over as JSON and the kernels,
+each once, come back as JSON.
 """
 
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +39,28 @@ REGISTER_LIMIT = 255
 
 
 @dataclass(frozen=True)
-class CompileCase:
-    """One kernel with one set of constants for one architecture. Everything in it is JSON."""
+class LauncherCall:
+    """A function that calls launchers, as "module:function", its arguments, and for which card."""
 
-    name: str
-    kernel: str
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    function: str
+    arguments: dict[str, Any]
     arch: int
 
 
 @dataclass(frozen=True)
-class CompileReport:
-    """What ptxas and Triton say of a compiled kernel; `error` is set when it did not compile."""
+class CompiledKernel:
+    """A kernel as a launcher had it compiled; `error` alone is set when the call raised.
 
+    A type in `types` ends in ":16" where Triton was told of a pointer aligned to 16 bytes or of an
+    integer divisible by 16. Among `constants` are the arguments that are None or 1.
+    """
+
+    arch: int
+    kernel: str = ""
+    types: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 0
+    num_stages: int = 0
     registers: int = 0
     spills_bytes: int = 0
     stack_bytes: int = 0
@@ -72,6 +69,14 @@ class CompileReport:
     ptxas_log: str = ""
     triton_version: str = ""
     error: str = ""
+
+    def __str__(self) -> str:
+        if self.error:
+            return f"sm_{self.arch}"
+        named = {**self.types, **self.constants}
+        told = ", ".join(f"{name}={value}" for name, value in named.items())
+        options = f"{self.num_warps} warps, {self.num_stages} stages"
+        return f"sm_{self.arch} {self.kernel}({told}), {options}"
 
     def count(self, pattern: str) -> int:
         """How many times a regular expression occurs in the PTX."""
@@ -82,52 +87,53 @@ class CompileReport:
         """Matrix instructions: mma.sync up to Ada, wgmma on Hopper, tcgen05 on Blackwell."""
         return self.count(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 
+    @property
+    def access_bytes(self) -> list[int]:
+        """The width of each access to global memory: its bits, in however many registers."""
+        found = re.findall(r"\b(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.b(\d+) ", self.ptx)
+        return [int(registers or 1) * int(bits) // 8 for registers, bits in found]
 
-def problems(report: CompileReport, arch: int) -> list[str]:
-    """What keeps a report from shipping on this architecture, one readable line each."""
-    if report.error:
-        return [f"does not compile: {report.error}"]
+
+def problems(kernel: CompiledKernel) -> list[str]:
+    """What keeps a kernel from shipping on its architecture, one readable line each."""
+    if kernel.error:
+        return [f"does not compile: {kernel.error}"]
     found = []
-    if report.spills_bytes:
-        found.append(f"spills {report.spills_bytes} bytes at {report.registers} registers")
-    if report.stack_bytes:
-        found.append(f"uses {report.stack_bytes} bytes of local memory")
-    if "Potential Performance Loss" in report.ptxas_log:
-        found.append(next(x for x in report.ptxas_log.splitlines() if "Performance Loss" in x))
-    if report.shared_bytes > SHARED_LIMIT[arch]:
+    if kernel.spills_bytes:
+        found.append(f"spills {kernel.spills_bytes} bytes at {kernel.registers} registers")
+    if kernel.stack_bytes:
+        found.append(f"uses {kernel.stack_bytes} bytes of local memory")
+    if "Potential Performance Loss" in kernel.ptxas_log:
+        found.append(next(x for x in kernel.ptxas_log.splitlines() if "Performance Loss" in x))
+    if kernel.shared_bytes > SHARED_LIMIT[kernel.arch]:
         found.append(
-            f"wants {report.shared_bytes} bytes of shared memory, sm_{arch} gives a block "
-            f"{SHARED_LIMIT[arch]}"
+            f"wants {kernel.shared_bytes} bytes of shared memory, sm_{kernel.arch} gives a block "
+            f"{SHARED_LIMIT[kernel.arch]}"
         )
-    if report.registers > REGISTER_LIMIT:
-        found.append(f"uses {report.registers} registers a thread")
+    if kernel.registers > REGISTER_LIMIT:
+        found.append(f"uses {kernel.registers} registers a thread")
     return found
 
 
-def compile_cases(cases: Sequence[CompileCase], workers: int = 2) -> dict[str, CompileReport]:
-    """Compile every case in `workers` processes that have the interpreter switched off.
+def compile_launches(calls: Sequence[LauncherCall], workers: int = 2) -> list[CompiledKernel]:
+    """Every kernel that the calls launch, compiled in `workers` processes without the interpreter.
 
-    A case that does not compile gives a report with `error` set; only a process that dies as a
-    whole raises.
+    A call that raises gives a kernel with `error` set; only a process that dies as a whole raises.
     """
-    names = [case.name for case in cases]
-    if len(set(names)) != len(names):
-        raise ValueError(f"case names must differ, got {sorted(names)}")
-
     with tempfile.TemporaryDirectory() as folder:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        environment.setdefault("TRITON_CACHE_DIR", str(Path(folder) / "cache"))
+        # What comes out of a cache has no assembler's log.
+        environment["TRITON_CACHE_DIR"] = str(Path(folder) / "cache")
 
         running = []
-        for i_worker in range(min(workers, len(cases))):
+        for i_worker in range(min(workers, len(calls))):
             # Striding spreads the dear architectures and shapes evenly over the workers.
-            share = [asdict(case) for case in cases[i_worker::workers]]
+            share = [asdict(call) for call in calls[i_worker::workers]]
             file_in, file_out = Path(folder) / f"{i_worker}.in", Path(folder) / f"{i_worker}.out"
             file_in.write_text(json.dumps(share))
-            command = [sys.executable, __file__, str(file_in), str(file_out)]
             process = subprocess.Popen(
-                command,
+                [sys.executable, __file__, str(file_in), str(file_out)],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -135,99 +141,109 @@ def compile_cases(cases: Sequence[CompileCase], workers: int = 2) -> dict[str, C
             )
             running.append((process, file_out))
 
-        reports = {}
         logs = [process.communicate()[0] for process, _ in running]
+        kernels = []
         for (process, file_out), log in zip(running, logs, strict=True):
             if process.returncode != 0:
                 raise RuntimeError(f"compile process ended with {process.returncode}:\n{log}")
-            for name, fields in json.loads(file_out.read_text()).items():
-                reports[name] = CompileReport(**fields)
-    return {name: reports[name] for name in names}
+            kernels += [CompiledKernel(**fields) for fields in json.loads(file_out.read_text())]
+    return kernels
 
 
-def compile_for(
-    kernel: Any,
-    signature: dict[str, str],
-    constexprs: dict[str, Any],
-    *,
-    num_warps: int,
-    num_stages: int,
-    arch: int,
-) -> CompileReport:
-    """Compile a `JITFunction` in this process, as its launcher would for a card of `arch`."""
+@contextmanager
+def absent_card(arch: int, compiled: list[CompiledKernel]) -> Iterator[None]:
+    """Within the block, launches compile for a card of `arch`, and are noted instead of run."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime.driver import driver
 
-    if not hasattr(kernel, "arg_names") or not isinstance(kernel, triton.runtime.JITFunction):
-        raise TypeError(f"kernel must be a JITFunction (is TRITON_INTERPRET set?), got {kernel!r}")
-    missing = set(kernel.arg_names) ^ (signature.keys() | constexprs.keys())
-    if missing or signature.keys() & constexprs.keys():
-        raise ValueError(
-            f"signature and constexprs must name each argument of {kernel.__name__} once; "
-            f"wrong: {sorted(missing | (signature.keys() & constexprs.keys()))}"
-        )
+    from encoder_fast.kernels import attention, disentangled_attention, local_attention
 
-    types, attributes = {}, {}
-    for i_argument, name in enumerate(kernel.arg_names):
-        types[name], _, divisor = signature.get(name, "constexpr").partition(":")
-        if divisor == "16":
-            attributes[(i_argument,)] = [["tt.divisibility", 16]]
-        elif divisor:
-            raise ValueError(f"{name} may have the suffix ':16' or none, got {signature[name]!r}")
+    class AbsentCard:
+        """What a launch asks of Triton's driver up to where the compiled code would be loaded."""
 
-    source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    log = _run_ptxas(ptx, arch)
-    return CompileReport(
+        def get_current_device(self) -> int:
+            return arch  # the key of each kernel's cache of compiled code
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", arch, 32)
+
+    logs: list[str] = []
+    launch, run_process = triton.JITFunction.run, subprocess.run
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        logs.clear()
+        code = launch(kernel, *args, grid=grid, warmup=True, **options)
+        if logs:  # else it was compiled before
+            compiled.append(_read(kernel, code, arch, logs[-1]))
+        return code
+
+    def run_logged(command: Any, **options: Any) -> Any:
+        # Triton asks its assembler to be verbose, and deletes what it says.
+        done = run_process(command, **options)
+        if any(str(word).startswith("--gpu-name") for word in command):
+            logs.append(Path(options["stderr"].name).read_text())
+        return done
+
+    files = attention, disentangled_attention, local_attention
+    asked = [file.shared_memory for file in files]
+    triton.JITFunction.run, subprocess.run = run, run_logged
+    driver.set_active(AbsentCard())
+    for file in files:
+        file.shared_memory = lambda device: SHARED_LIMIT[arch]
+    try:
+        yield
+    finally:
+        triton.JITFunction.run, subprocess.run = launch, run_process
+        for file, function in zip(files, asked, strict=True):
+            file.shared_memory = function
+
+
+def _read(kernel: Any, code: Any, arch: int, log: str) -> CompiledKernel:
+    import triton
+
+    names, source = kernel.arg_names, code.src
+    divisible = {names[path[0]] for path, attribute in source.attrs.items() if attribute}
+    return CompiledKernel(
+        arch=arch,
+        kernel=kernel.__name__,
+        types={
+            name: type_ + ":16" * (name in divisible)
+            for name, type_ in source.signature.items()
+            if type_ != "constexpr"
+        },
+        constants={names[path[0]]: value for path, value in source.constants.items()},
+        num_warps=code.metadata.num_warps,
+        num_stages=code.metadata.num_stages,
         registers=max(_numbers(r"Used (\d+) registers", log)),
         spills_bytes=sum(_numbers(r"(\d+) bytes spill (?:stores|loads)", log)),
         stack_bytes=sum(_numbers(r"(\d+) bytes stack frame", log)),
-        shared_bytes=compiled.metadata.shared,
-        ptx=ptx,
+        shared_bytes=code.metadata.shared,
+        ptx=code.asm["ptx"],
         ptxas_log=log,
         triton_version=triton.__version__,
     )
-
-
-def _run_ptxas(ptx: str, arch: int) -> str:
-    """The verbose log of the assembler that Triton itself would use."""
-    from triton.backends.nvidia import compiler as nvidia
-
-    # Triton 3.4 has one assembler; later ones choose by architecture.
-    takes_arch = inspect.signature(nvidia.get_ptxas).parameters
-    ptxas = nvidia.get_ptxas(arch) if takes_arch else nvidia.get_ptxas()
-    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-    assert target is not None, "PTX names its target"
-    with tempfile.TemporaryDirectory() as folder:
-        file_ptx = Path(folder) / "kernel.ptx"
-        file_ptx.write_text(ptx)
-        command = [ptxas.path, "-v", "-lineinfo", f"--gpu-name={target[1]}", str(file_ptx)]
-        command += ["-o", str(Path(folder) / "kernel.cubin")]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def _numbers(pattern: str, log: str) -> list[int]:
     return [int(number) for number in re.findall(pattern, log)]
 
 
-def _load_kernel(path: str) -> Any:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def _main(file_in: str, file_out: str) -> None:
-    reports = {}
-    for case in json.loads(Path(file_in).read_text()):
-        name, kernel = case.pop("name"), _load_kernel(case.pop("kernel"))
-        try:
-            report = compile_for(kernel, **case)
-        except Exception as error:
-            report = CompileReport(error=f"{type(error).__name__}: {error}")
-        reports[name] = asdict(report)
-    Path(file_out).write_text(json.dumps(reports))
+    kernels: list[CompiledKernel] = []
+    for call in json.loads(Path(file_in).read_text()):
+        module, _, name = call["function"].partition(":")
+        function = getattr(importlib.import_module(module), name)
+        with absent_card(call["arch"], kernels):
+            try:
+                function(**call["arguments"])
+            except Exception as error:
+                message = f"{call}: {type(error).__name__}: {error}"
+                kernels.append(CompiledKernel(call["arch"], error=message))
+    Path(file_out).write_text(json.dumps([asdict(kernel) for kernel in kernels]))
 
 
 if __name__ == "__main__":
