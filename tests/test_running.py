@@ -1,6 +1,8 @@
 """A patched model in use: threads, memory, torch.compile, other backends end to end."""
 
 import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -46,6 +48,68 @@ def test_gemms_come_in_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
             assert model(input_ids=ids)[0].shape[1] == length
     assert seen == {cpu.rows_to_compute(length) for length in range(1, 201)}
     assert len(seen) < 80
+
+
+GROWTH = """
+import random, sys
+import torch
+from transformers import BertConfig, BertModel
+import encoder_fast
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+torch.set_num_threads(1)
+sizes = dict(hidden_size=256, num_attention_heads=4, intermediate_size=1024, vocab_size=99)
+model = BertModel(BertConfig(num_hidden_layers=2, **sizes)).eval()
+if sys.argv[1] == "patched":
+    encoder_fast.patch(model, strict=True)
+draw, before = random.Random(1), resident()
+for _ in range(20):
+    lengths = torch.tensor([draw.randint(1, 256) for _ in range(draw.randint(1, 32))])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    with torch.inference_mode():
+        model(input_ids=mask, attention_mask=mask)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="malloc's heap")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_batches_of_many_shapes_take_less_than_the_originals() -> None:
+    """What a new shape leaves behind: 306 MB of Hugging Face's, 80 of ours, and 214 of ours where
+    oneDNN's primitives come to lie among the blocks of a layer."""
+    running = [
+        subprocess.Popen([sys.executable, "-c", GROWTH, which], stdout=subprocess.PIPE, text=True)
+        for which in ("original", "patched")
+    ]
+    original, patched = (int(process.communicate()[0]) for process in running)
+    assert patched < original / 2
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="oneDNN")
+def test_poolers_get_rows_side_by_side() -> None:
+    """A stride that differs with S is another primitive; also where there is one text."""
+    model = encoder_fast.patch(tiny("BertModel"), strict=True)
+    seen: list[tuple[int, ...]] = []
+    dense = model.pooler.dense
+    dense.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+    with torch.inference_mode():
+        for batch, length in ((3, 9), (1, 9), (1, 5)):
+            model(input_ids=torch.ones(batch, length, dtype=torch.long))
+    assert seen == [(dense.in_features, 1)] * 3
+
+
+def test_hooks_of_a_pooler_see_every_column() -> None:
+    model, call = tiny("BertModel"), inputs("none")
+    seen: list[Tensor] = []
+    model.pooler.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.inference_mode():
+        model(**call)
+        encoder_fast.patch(model, strict=True)
+        model(**call)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-3, atol=1e-4)
 
 
 def test_two_threads_get_right_answers() -> None:

@@ -17,6 +17,7 @@ from encoder_fast.backends import cpu_kernels, masks
 from encoder_fast.backends.cpu_attention import attention
 from encoder_fast.backends.cpu_disentangled import disentangled_attention
 from encoder_fast.backends.heap import keep_large_blocks
+from encoder_fast.backends.heap import map_large_blocks as first_of_a_size
 from encoder_fast.backends.linears import (
     Activation,
     PreparedFeedForward,
@@ -36,6 +37,7 @@ __all__ = [
     "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
+    "first_of_a_size",
     "linear",
     "linear_prepared",
     "place_tokens",

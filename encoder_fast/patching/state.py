@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ class _Reading:
     why: str
     cache: WeightCache
     graphs: GraphCache | None
+    sizes: set[tuple[int, torch.dtype]] = field(default_factory=set)
+    """Those that this model has been computed in, where the backend has sizes."""
 
     def still_holds(self, model: nn.Module, original: Any) -> bool:
         return (
@@ -202,7 +204,7 @@ class EncoderState:
             last = read_by_pooler = batch.unpack(hidden, onlookers=self.pools_first)
             if batch.onlooker_rows is not None and not self.pools_first:
                 read_by_pooler = batch.unpack(hidden, onlookers=True)
-        pooled = self.family.pool(model, read_by_pooler) if has_pooler else None
+        pooled = self._pool_first(model, read_by_pooler) if has_pooler else None
         states = None
         if collect is not None:
             count, wanted = len(collect), call.hidden_states
@@ -228,6 +230,15 @@ class EncoderState:
         self.counts.count_pooled()
         return pooling.pool(hidden, batch, self.chosen[0])
 
+    def _pool_first(self, model: Any, padded: Tensor) -> Tensor:
+        """By the model's own pooler; all of them read column 0 alone. As a view that would have a
+        stride that differs with S, and oneDNN keeps a primitive for each."""
+        pooler = model.pooler
+        if padded.device.type == "cpu" and not (pooler._forward_pre_hooks or pooler._forward_hooks):
+            first = padded[:, 0].clone(memory_format=torch.contiguous_format)
+            padded = first.unsqueeze(1).expand(padded.shape)
+        return self.family.pool(model, padded)
+
     def _encode(
         self,
         model: nn.Module,
@@ -251,9 +262,28 @@ class EncoderState:
                 "a pooler or head over a padded first column (left padding), and flash attention, "
                 "which computes nothing for padding"
             )
-        rows_to_compute = getattr(load(backend), "rows_to_compute", None)
-        if rows_to_compute is not None:
-            batch = batch.filled(rows_to_compute(batch.total))
+        kernels: Any = load(backend)
+        if not hasattr(kernels, "rows_to_compute"):
+            return self._compute(call, reading, batch, collect, first_token_alone), batch
+        batch = batch.filled(kernels.rows_to_compute(batch.total))
+        size = batch.total + batch.filler, like.dtype
+        if size in reading.sizes:
+            return self._compute(call, reading, batch, collect, first_token_alone), batch
+        with kernels.first_of_a_size():
+            last = self._compute(call, reading, batch, collect, first_token_alone)
+        reading.sizes.add(size)
+        return last, batch
+
+    def _compute(
+        self,
+        call: Arguments,
+        reading: _Reading,
+        batch: PackedBatch,
+        collect: list[Tensor] | None,
+        first_token_alone: bool,
+    ) -> Tensor:
+        """The last hidden state of a batch, packed."""
+        spec, backend = reading.spec, reading.backend
         positions = _positions(call, spec.embeddings.position_padding_idx, batch)
         ids, types, embeds = (
             None if padded is None else batch.pack(padded)
@@ -266,17 +296,16 @@ class EncoderState:
                 every_state=collect is not None,
             )
             if replayed is not None:
-                return replayed, batch
-        weights = reading.cache.current(like, batch.total)
+                return replayed
+        weights = reading.cache.current(spec.embeddings.word.weight, batch.total)
         hidden = engine.embed(
             spec.embeddings, weights.projection, backend, positions, types, ids, embeds
         )
         if collect is not None:
             collect.append(hidden)
-        last = engine.encode(
+        return engine.encode(
             spec, weights, backend, batch, positions, hidden, collect, first_token_alone
         )
-        return last, batch
 
     def _current_reading(self, model: nn.Module) -> _Reading:
         reading = self._reading
