@@ -24,6 +24,7 @@ import triton.language as tl
 
 from encoder_fast.kernels.integers import ceil_div
 from encoder_fast.kernels.row_norm import (
+    address,
     aligned,
     layer_norm_row,
     piece_columns,
@@ -112,8 +113,10 @@ def add_layer_norm(
         return out
     stride_x_row = x.stride(0)
     stride_residual_row = 0 if residual is None else residual.stride(0)
-    align = row_align(x.element_size(), stride_x_row, stride_residual_row, N)
-    tile = tile_for("add_layer_norm", N, x.element_size(), align, x.device)
+    itemsize = x.element_size()
+    first_rows = address(x, itemsize), address(residual, itemsize)
+    align = row_align(itemsize, stride_x_row, stride_residual_row, N, *first_rows)
+    tile = tile_for("add_layer_norm", N, itemsize, align, x.device)
     with torch.cuda.device_of(x):
         add_layer_norm_kernel[(ceil_div(M, tile.rows),)](
             x,
@@ -129,7 +132,7 @@ def add_layer_norm(
             eps,
             N=N,
             BLOCK_M=tile.rows,
-            BLOCK_N=tile.block_n(x.element_size()),
+            BLOCK_N=tile.block_n(itemsize),
             ROW_ALIGN=align,
             num_warps=tile.num_warps,
         )

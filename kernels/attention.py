@@ -331,7 +331,8 @@ def attention(
     cu_seqlens: int32 (B + 1,). max_seqlen: no sequence is longer. softmax_scale: positive.
     relative_bias: (H, 2R + 1), finite, with a last stride of 1; column R + d is added for the key d
     rows behind the query, and the outermost columns for those farther away than R.
-    Rows behind cu_seqlens[-1] come out as zeros. Nothing here waits for the device.
+    Rows behind cu_seqlens[-1] come out as zeros. Nothing here waits for the device. Operands whose
+    heads begin at no multiple of 16 bytes are copied first.
     """
     total, heads, head_dim = q.shape
     batch = cu_seqlens.numel() - 1

@@ -62,10 +62,13 @@ class DisentangledConfig:
     num_stages: int
 
 
+_TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
 # Two groups of 32 rows feed the warpgroup instructions of Hopper and later, and share keys, values
 # and positions. Before, the tensor cores take operands from registers, which two groups overflow.
 _SHORT = DisentangledConfig(32, 32, 4, 2)
-_LONG = DisentangledConfig(64, 32, 4, 2)
+# Triton 3.4 can't compile the two for Blackwell.
+_LONG = DisentangledConfig(64, 32, 4, 2) if _TRITON >= (3, 5) else _SHORT
 _WIDE_HEAD = DisentangledConfig(32, 32, 8, 1)
 
 # Five products of float32 operands on the FMA units fill the registers with tiles of 16 by 16.
@@ -262,7 +265,8 @@ def disentangled_attention(
     pos_key, pos_query: (rows, H, D) in q's dtype, last stride 1, or None.
     row_of_distance: int32 (2R + 1,), contiguous, rows of the tables. cu_seqlens: int32 (B + 1,).
     max_seqlen: no sequence is longer. softmax_scale: positive.
-    Rows behind cu_seqlens[-1] come out as zeros. Nothing here waits for the device.
+    Rows behind cu_seqlens[-1] come out as zeros. Nothing here waits for the device. Operands whose
+    heads begin at no multiple of 16 bytes are copied first.
     """
     total, heads, head_dim = q.shape
     batch = cu_seqlens.numel() - 1

@@ -30,6 +30,7 @@ import triton.language as tl
 
 from encoder_fast.kernels.integers import ceil_div
 from encoder_fast.kernels.row_norm import (
+    address,
     aligned,
     layer_norm_row,
     piece_columns,
@@ -134,7 +135,9 @@ def embed_layer_norm(
     stride_word_row, n_word = word.stride(0), word.shape[0]
     stride_position_row, n_position = _stride_and_rows(position)
     stride_token_type_row, n_token_type = _stride_and_rows(token_type)
-    align = row_align(itemsize, stride_word_row, stride_position_row, stride_token_type_row, N)
+    strides = stride_word_row, stride_position_row, stride_token_type_row
+    first_rows = (address(table, itemsize) for table in (word, position, token_type))
+    align = row_align(itemsize, *strides, N, *first_rows)
     tile = tile_for("embed_layer_norm", N, itemsize, align, word.device)
     with torch.cuda.device_of(word):
         embed_layer_norm_kernel[(ceil_div(total, tile.rows),)](

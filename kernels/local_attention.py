@@ -193,7 +193,8 @@ def local_attention(
 
     q, k, v: (total, H, D) in float16, bfloat16 or float32 with a last stride of 1; D up to 128.
     cu_seqlens: int32 (B + 1,). max_seqlen: no sequence is longer. softmax_scale: positive.
-    Rows behind cu_seqlens[-1] come out as zeros. Nothing here waits for the device.
+    Rows behind cu_seqlens[-1] come out as zeros. Nothing here waits for the device. Operands whose
+    heads begin at no multiple of 16 bytes are copied first.
     """
     total, heads, head_dim = q.shape
     batch = cu_seqlens.numel() - 1

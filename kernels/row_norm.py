@@ -82,19 +82,25 @@ def row_class(N: int, itemsize: int) -> str:
 def tile_for(kernel: str, N: int, itemsize: int, align: int, device: torch.device) -> RowTile:
     """The tile measured for this card, or else that of `row_tile`; `align` is from `row_align`."""
     if align * itemsize < ACCESS_BYTES:
-        # Each element has an address then: with as many to a thread some kernels spill registers.
+        # More accesses, each with an address: with as many columns to a thread as in wide ones
+        # some kernels spill registers.
         return row_tile(min(2 * N, ROW_TILES[-1][0]))
     tile = row_tile(N)
     config = tuned(kernel, row_class(N, itemsize), device)
     return tile if config is None else RowTile(config["lanes"], config["num_warps"])
 
 
-def row_align(itemsize: int, *strides: int) -> int:
-    """Elements by which rows at these strides are sure to be aligned; one access is enough.
+def row_align(itemsize: int, *offsets: int) -> int:
+    """Elements by which rows are sure to be aligned; those of one access are enough.
 
-    Rows of an output, or of vectors, lie N apart: N is then one of the strides.
+    offsets: in elements, all strides between rows (N of an output) and addresses of first rows.
     """
-    return math.gcd(ACCESS_BYTES // itemsize, *strides)
+    return math.gcd(ACCESS_BYTES // itemsize, *offsets)
+
+
+def address(x: torch.Tensor | None, itemsize: int) -> int:
+    """Of the first row, in elements; one that is not there lies as any other does."""
+    return 0 if x is None else x.data_ptr() // itemsize
 
 
 @triton.jit

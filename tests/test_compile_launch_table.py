@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-from test_compile_attention import launch_attention
+from test_compile_attention import PRECISIONS, launch_attention
 from test_compile_norms import launch
 from triton_compile import LauncherCall, compile_launches, problems
 
@@ -41,7 +41,8 @@ def launch_entries(entries: Entries) -> None:
                 size, itemsize = int(found[1]), int(found[2])
                 for dtype in ("fp32",) if itemsize == 4 else ("fp16", "bf16"):
                     if kernel == "attention":
-                        launch_attention("plain", dtype, "highest", size)
+                        for precision in PRECISIONS[dtype]:
+                            launch_attention("plain", dtype, precision, size)
                     else:
                         launch(size, dtype, "fp32")
 

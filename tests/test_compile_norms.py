@@ -24,7 +24,8 @@ COMMON = (312, 384, 768)
 
 
 def launch(width: int, dtype: str, vector_dtype: str) -> None:
-    """Both kernels with all operands: without one they take fewer registers."""
+    """Both kernels with all operands: without one they take fewer registers. An odd width stands
+    also for rows that are aligned in all but the address of the first."""
     x = torch.empty(100, width, dtype=DTYPES[dtype])
     vector = torch.empty(width, dtype=DTYPES[vector_dtype])
     ids = torch.empty(100, dtype=torch.int64)

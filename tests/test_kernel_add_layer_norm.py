@@ -23,7 +23,7 @@ from layer_norm_oracle import (
 from torch import Tensor
 
 from encoder_fast.backends import load
-from encoder_fast.kernels.row_norm import ROW_TILES, row_align, row_tile, tile_for
+from encoder_fast.kernels.row_norm import ROW_TILES, address, row_align, row_tile, tile_for
 
 pytestmark = MARKS
 
@@ -251,6 +251,12 @@ def test_rows_that_begin_anywhere_take_a_wider_tile():
 def test_width_beyond_the_last_tile():
     with pytest.raises(ValueError, match="N must be at most 8192, got 8193"):
         row_tile(8193)
+
+
+def test_an_address_counts_as_a_stride():
+    x = random(33, 769)[:, 1:]
+    assert address(x, x.element_size()) % 4 == 1
+    assert address(None, 4) == 0
 
 
 def test_row_align_is_what_all_rows_keep():

@@ -25,6 +25,8 @@ NAMES = ("reference", "cpu", "triton", "cuda", "cuda-host")
 _loaded: dict[str, ModuleType] = {}
 
 
+# Else torch.compile would break its graph, or guard what it changes, where a first call imports.
+@torch.compiler.assume_constant_result
 def load(name: str) -> ModuleType:
     """The module of a backend whose name :func:`resolve` has let pass."""
     module = _loaded.get(name)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -43,22 +44,38 @@ def keep_large_blocks() -> None:
 def map_large_blocks() -> Iterator[None]:
     """Within the block, malloc maps blocks of 128 KB and more anew, each by itself, so that what
     stays pins no other; from then on it keeps them again. Slower, and for the whole process."""
+    global _mapping
+    # Before the first call to mallopt, after which no freed block changes a threshold.
+    keep_large_blocks()
     set_threshold = _set_threshold()
     if set_threshold is None:
         yield
         return
-    set_threshold(_FIRST_THRESHOLD)
+    with _lock:
+        _mapping += 1
+        set_threshold(_FIRST_THRESHOLD)
     try:
         yield
     finally:
-        set_threshold(_LIMIT)
+        with _lock:
+            _mapping -= 1
+            if _mapping == 0:
+                set_threshold(_LIMIT)
+
+
+# How many threads are within the block above.
+_mapping = 0
+_lock = threading.Lock()
+
+# With one of these the user has chosen how malloc works, and keeps it.
+_CHOICES = ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD", "MMAP_MAX")
 
 
 @functools.cache
 def _set_threshold() -> Callable[[int], object] | None:
-    """``None`` where there is no glibc, or the user chose a threshold."""
-    chosen = os.environ.get("GLIBC_TUNABLES", "")
-    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in chosen:
+    """``None`` where there is no glibc, or the user chose."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "").upper()
+    if any(f"MALLOC_{c}_" in os.environ or f"MALLOC.{c}" in tunables for c in _CHOICES):
         return None
     try:
         libc = ctypes.CDLL(None)

@@ -28,6 +28,8 @@ def facts(model: Any) -> tuple:
         getattr(config, "tie_last_hidden_states", None),
         getattr(model, "z_steps", None),
         type(pooler),
+        getattr(type(pooler), "forward", None),
+        getattr(pooler, "__dict__", {}).get("forward"),
         *(
             (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
             for buffer in model.embeddings._buffers.values()
