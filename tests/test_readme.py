@@ -55,6 +55,14 @@ def test_first_screen_says_how_to_start() -> None:
         assert what in screen
 
 
+def test_first_screen_says_what_no_gpu_has_shown() -> None:
+    """As long as there is no record of one; then its figures belong there instead."""
+    records = (ROOT / "bench/results").glob("*/*.json")
+    measured = any('"kind": "gpu"' in path.read_text("utf-8") for path in records)
+    screen = " ".join(README.split("```")[0].split())
+    assert ("Nothing has run on a GPU yet" in screen) != measured
+
+
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {command[1] for command in COMMANDS if command[0] == "make"}
