@@ -173,6 +173,29 @@ def tune(filter: Filter = "", out: Out = None, fake: Fake = False) -> None:
 
 
 @app.command()
+def cost(
+    kernel: Annotated[
+        str, typer.Argument(help="A regular expression for names of kernels.", show_default=False)
+    ],
+    arch: Annotated[str, typer.Option(help="Which machine code to read.")] = "sm_90a",
+) -> None:
+    """What kernels of the built CUDA extension take by pipe of the card; needs no GPU."""
+    from rich.console import Console
+
+    from bench.cost.cuda_binary import cuobjdump, extension, read_kernels
+    from bench.cost.show import show_built
+
+    built = extension()
+    if built is None or cuobjdump() is None:
+        raise typer.BadParameter("the extension encoder_fast._cuda and cuobjdump are needed")
+    kernels = read_kernels(built, kernel, arch)
+    if not kernels:
+        raise typer.BadParameter(f"no kernel for {arch} has {kernel!r} in its name")
+    for found in sorted(kernels, key=lambda k: k.name):
+        show_built(Console(), found)
+
+
+@app.command()
 def parity(
     quick: Quick = False,
     docs: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="docs")] = (

@@ -8,7 +8,8 @@ from itertools import product
 
 import pytest
 import torch
-from triton_compile import (
+
+from bench.cost.triton_compile import (
     ARCHS,
     SHARED_LIMIT,
     CompiledKernel,
@@ -16,7 +17,6 @@ from triton_compile import (
     compile_launches,
     problems,
 )
-
 from encoder_fast.kernels import local_attention
 from encoder_fast.kernels.attention import (
     AttentionConfig,

@@ -6,13 +6,13 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cuda_binary import CompiledKernel, cuobjdump, extension, read_kernels
 
+from bench.cost.cuda_binary import CompiledKernel, cuobjdump, extension, read_kernels
+from bench.cost.sass import Instruction
 from encoder_fast.backends.cuda_kernels import HEAD_SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +119,7 @@ def test_shortcomings_would_be_noticed(kernels: list[CompiledKernel]) -> None:
     assert "spills" in str(spilling.outgrows_its_plan())
     larger = replace(kernel, registers=kernel.registers + 8)
     assert "not resident together" in str(larger.outgrows_its_plan())
-    narrow = replace(kernel, instructions=kernel.instructions + Counter({"LDG.E.64": 1}))
+    narrow = replace(kernel, code=[*kernel.code, Instruction(0, "LDG.E.64", "R0, [R2.64]")])
     assert narrow_accesses(narrow) == ["LDG.E.64"]
 
 

@@ -13,7 +13,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_binary import CompiledKernel, cuobjdump, read_kernels
+
+from bench.cost.cuda_binary import CompiledKernel, cuobjdump, read_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("89", "100a", "120")

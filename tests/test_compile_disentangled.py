@@ -7,7 +7,8 @@ from itertools import product
 
 import pytest
 import torch
-from triton_compile import (
+
+from bench.cost.triton_compile import (
     ARCHS,
     SHARED_LIMIT,
     CompiledKernel,
@@ -15,7 +16,6 @@ from triton_compile import (
     compile_launches,
     problems,
 )
-
 from encoder_fast.kernels.disentangled_attention import configs, disentangled_attention
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

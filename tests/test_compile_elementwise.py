@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_compile import ARCHS, CompiledKernel, LauncherCall, compile_launches, problems
 
+from bench.cost.triton_compile import (
+    ARCHS,
+    CompiledKernel,
+    LauncherCall,
+    compile_launches,
+    problems,
+)
 from encoder_fast.kernels.gated import ACTIVATIONS, gated
 from encoder_fast.kernels.rotary import rotary
 

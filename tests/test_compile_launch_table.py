@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from test_compile_attention import PRECISIONS, launch_attention
 from test_compile_norms import launch
-from triton_compile import LauncherCall, compile_launches, problems
 
+from bench.cost.triton_compile import LauncherCall, compile_launches, problems
 from encoder_fast.kernels import launch_table
 
 # By the beginning of a card's name; the architecture that its kernels are compiled for.

@@ -7,8 +7,14 @@ from itertools import product
 
 import pytest
 import torch
-from triton_compile import ARCHS, CompiledKernel, LauncherCall, compile_launches, problems
 
+from bench.cost.triton_compile import (
+    ARCHS,
+    CompiledKernel,
+    LauncherCall,
+    compile_launches,
+    problems,
+)
 from encoder_fast.kernels.add_layer_norm import add_layer_norm
 from encoder_fast.kernels.embed_layer_norm import embed_layer_norm
 from encoder_fast.kernels.row_norm import ACCESS_BYTES, ROW_TILES, row_tile

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_compile import ARCHS, CompiledKernel, LauncherCall, compile_launches, problems
 
+from bench.cost.triton_compile import (
+    ARCHS,
+    CompiledKernel,
+    LauncherCall,
+    compile_launches,
+    problems,
+)
 from encoder_fast.kernels.pack_mask import count_tokens, place_tokens
 
 # Tokenizers give int64. The others differ in how a value is read and compared.

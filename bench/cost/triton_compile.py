@@ -142,7 +142,7 @@ def compile_launches(calls: Sequence[LauncherCall], workers: int = 2) -> list[Co
             file_in, file_out = Path(folder) / f"{i_worker}.in", Path(folder) / f"{i_worker}.out"
             file_in.write_text(json.dumps(share))
             process = subprocess.Popen(
-                [sys.executable, __file__, str(file_in), str(file_out)],
+                [sys.executable, "-m", "bench.cost.triton_compile", str(file_in), str(file_out)],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -12,9 +12,12 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+
+from bench.cost.sass import Instruction, parse
 
 REGISTERS = 64 * 1024
 """Of a multiprocessor, on every architecture from sm_80 on."""
@@ -25,7 +28,7 @@ SYSTEM_SHARED = 1024
 
 @dataclass
 class CompiledKernel:
-    """One kernel on one architecture. `instructions` counts mnemonics with their modifiers."""
+    """One kernel on one architecture."""
 
     name: str
     arch: str
@@ -34,7 +37,12 @@ class CompiledKernel:
     shared_bytes: int
     threads: int = 0
     resident_blocks: int = 0
-    instructions: Counter[str] = field(default_factory=Counter)
+    code: list[Instruction] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def instructions(self) -> Counter[str]:
+        """How many there are of each mnemonic with its modifiers."""
+        return Counter(instruction.name for instruction in self.code)
 
     def count(self, pattern: str) -> int:
         """How many instructions there are whose mnemonic a regular expression matches fully."""
@@ -73,24 +81,36 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump")
 
 
-def read_kernels(binary: Path) -> list[CompiledKernel]:
-    """Every kernel in a library, on every architecture it has machine code for."""
+def read_kernels(binary: Path, wanted: str = "", arch: str = "") -> list[CompiledKernel]:
+    """The kernels in a library, on every architecture it has machine code for.
+
+    Args:
+        wanted: a regular expression that is found in the readable names of those to read.
+        arch: the one architecture to read, such as sm_90a; all of them if empty.
+    """
+    every = [kernel for kernel in _resources(binary) if arch in ("", kernel.arch)]
+    readable = _demangled([kernel.name for kernel in every])
+    kernels = [kernel for kernel in every if re.search(wanted, readable[kernel.name])]
+    if not kernels:
+        return []
     plans = dict(_plans(binary))
-    kernels = list(_resources(binary))
-    by_key = {(kernel.arch, kernel.name): kernel for kernel in kernels}
-    for arch, name, mnemonic in _machine_code(binary):
-        by_key[arch, name].instructions[mnemonic] += 1
-    readable = _demangled([kernel.name for kernel in kernels])
+    names = {kernel.name for kernel in kernels} if wanted else set()
+    code = {
+        (one, name): instructions
+        for one in {kernel.arch for kernel in kernels}
+        for name, instructions in _machine_code(binary, one, names).items()
+    }
     for kernel in kernels:
+        kernel.code = code[kernel.arch, kernel.name]
         kernel.threads, kernel.resident_blocks = plans.get(kernel.name, (0, 0))
         kernel.name = readable[kernel.name]
     return kernels
 
 
-def _dump(binary: Path, what: str) -> Iterator[str]:
+def _dump(binary: Path, what: str, *options: str) -> Iterator[str]:
     tool = cuobjdump()
     assert tool is not None
-    command = [tool, what, str(binary)]
+    command = [tool, what, *options, str(binary)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -111,16 +131,13 @@ def _resources(binary: Path) -> Iterator[CompiledKernel]:
             yield CompiledKernel(name, arch, registers, stack + local, shared)
 
 
-def _machine_code(binary: Path) -> Iterator[tuple[str, str, str]]:
-    arch = name = ""
-    instruction = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)")
-    for line in _dump(binary, "-sass"):
-        if match := instruction.match(line):
-            yield arch, name, match[1]
-        elif match := re.match(r"\s*Function : (\S+)", line):
-            name = match[1]
-        elif line.startswith("arch = "):
-            arch = line.split()[-1]
+def _machine_code(
+    binary: Path, arch: str, names: Iterable[str] = ()
+) -> dict[str, list[Instruction]]:
+    """By mangled name, of all kernels where none are named."""
+    listed = ",".join(names)
+    options = ["-arch", arch, *(["-fun", listed] if listed else [])]
+    return parse(_dump(binary, "-sass", *options))
 
 
 def _plans(binary: Path) -> Iterator[tuple[str, tuple[int, int]]]:
