@@ -39,6 +39,7 @@ import triton.language as tl
 
 from encoder_fast.kernels.attention_tiles import (
     LARGE_SHARED_MEMORY,
+    LOWEST,
     clear_tail,
     input_precision,
     last_sequence_at_or_before,
@@ -286,10 +287,7 @@ def attention_kernel(
         m_s = m_n[None, :]
     b_s = tl.where(m_s, b_s, float("-inf"))
     # Scaled and rounded as it is subtracted: attention_tiles.next_weights says why.
-    b_max = tl.max(b_s, 1) * scale_log2
-    if PACK_ROWS:
-        # -inf - -inf would be NaN in a row without keys.
-        b_max = tl.where(o_end > 0, b_max, 0.0)
+    b_max = tl.maximum(tl.max(b_s, 1) * scale_log2, LOWEST)
     b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_max[:, None]))
     b_sum = tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=INPUT_PRECISION)

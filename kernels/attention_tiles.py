@@ -24,6 +24,10 @@ from encoder_fast.kernels.integers import ceil_div
 # 163 KB on those before and on consumer cards.
 LARGE_SHARED_MEMORY = 200 * 1024
 
+# Where a row's maximum starts: float32's lowest finite number. A tile whose scores are all -inf
+# then adds weights of 0, where -inf - -inf would be NaN. A row without any weight is 0 / 0.
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:

@@ -37,6 +37,7 @@ import triton.language as tl
 
 from encoder_fast.kernels.attention_tiles import (
     LARGE_SHARED_MEMORY,
+    LOWEST,
     clear_tail,
     input_precision,
     search_steps,
@@ -197,7 +198,7 @@ def disentangled_attention_kernel(
     if HAS_POS_QUERY:
         b_pq_right = _load_rows(p_pos_query, p_row, i_query + o_m, reach, stride_pos_query_row, m_d)
 
-    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     step = tl.cast(CHUNK, tl.int64)

@@ -28,6 +28,7 @@ import triton.language as tl
 
 from encoder_fast.kernels.attention_tiles import (
     LARGE_SHARED_MEMORY,
+    LOWEST,
     clear_tail,
     input_precision,
     next_weights,
@@ -141,9 +142,8 @@ def local_attention_kernel(
     stride_k_tile = tl.cast(BLOCK_N, tl.int64) * stride_k_row
     stride_v_tile = tl.cast(BLOCK_N, tl.int64) * stride_v_row
 
-    # A row may see nothing of a tile at the edge. Below any score but finite, a first maximum lets
-    # all of its weights come out as 0, where -inf - -inf would be NaN.
-    b_max = tl.full((BLOCK_M,), -1e30, tl.float32)
+    # A row may see nothing of a tile at the edge.
+    b_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
