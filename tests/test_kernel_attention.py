@@ -202,8 +202,8 @@ def test_huge_scores_still_give_a_mean_of_values(dtype: torch.dtype) -> None:
     lengths = (7, 0, 150, 20)
     q, k, v = random_qkv(sum(lengths), 0, 2, 64, dtype).unbind(1)
     out = kernel.attention(q * 1000, k * 1000, v, cumulated(lengths), max(lengths), 1.0)
-    assert out.isfinite().all()
-    assert out.abs().max() <= v.abs().max()
+    step = torch.finfo(dtype).eps * v.abs().max()
+    assert bool((out.abs() <= v.abs().max() + step).all())
 
 
 @pytest.mark.parametrize("intruder", (float("nan"), float("inf")), ids=str)
