@@ -40,12 +40,28 @@ def random_bias(heads: int, reach: int, dtype: torch.dtype) -> Tensor:
     return buffer[:, 4:-4]
 
 
-# 0 sees itself alone, 1 its neighbours; 15 to 17 and 63 to 65 lie beside a tile's edge; the last
-# reaches from end to end of all but the longest.
-@pytest.mark.parametrize("window", (0, 1, 15, 16, 17, 63, 64, 65, 127), ids=lambda w: f"W{w}")
+# A window of 0 sees the query alone. The others lie around where the first row of a tile, or its
+# last, sees a tile of keys whole or not at all: at one below a multiple of the tile and beside it.
+# 62 and 126 are where one key too many would pass for whole.
+@pytest.mark.parametrize("window", (0, 1, 62, 63, 64, 65, 126, 127), ids=lambda w: f"W{w}")
 def test_window(window: int) -> None:
     lengths = (*MIXED, 200)
-    q, k, v = random_qkv(sum(lengths), 5, 2, 16, torch.float16).unbind(1)
+    q, k, v = random_qkv(sum(lengths), 5, 1, 16, torch.float16).unbind(1)
+    assert_as_good_as_eager(q, k, v, lengths, window_size=window)
+
+
+@pytest.mark.parametrize("window", (14, 15, 16, 17, 30), ids=lambda w: f"W{w}")
+def test_window_beside_tiles_of_16_keys(window: int) -> None:
+    lengths = (0, 15, 16, 17, 33, 60)
+    q, k, v = random_qkv(sum(lengths), 5, 1, 16, torch.float32).unbind(1)
+    assert_as_good_as_eager(q, k, v, lengths, window_size=window)
+
+
+@pytest.mark.parametrize("window", (30, 31, 32, 33, 62), ids=lambda w: f"W{w}")
+def test_window_beside_tiles_of_32_keys(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_attention, "shared_memory", lambda device: 99 * 1024)
+    lengths = (0, 31, 32, 33, 110)
+    q, k, v = random_qkv(sum(lengths), 5, 1, 16, torch.float16).unbind(1)
     assert_as_good_as_eager(q, k, v, lengths, window_size=window)
 
 
