@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: a recorder that keeps what ran, and runs exactly that again.
+"""CUDA graphs of whole models without a GPU: what ran is kept, and exactly that runs again.
 
 Recorded are PyTorch's operations, Triton's launches and, on the backend ``reference``, whose ops
 look at their tensors, the calls of ops. Each is kept with its arguments: tensors by where they are,
@@ -11,15 +11,17 @@ What was made while recording is NaN before each replay: in a graph, nothing has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
+import torch
+from fake_cuda import FakeCuda
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from encoder_fast.graphs.recorder import CudaRecorder, Recording
 from encoder_fast.ops._library import Operator
 
 _FORBIDDEN = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "item", "lift_fresh"}
@@ -77,51 +79,27 @@ def _copy(into: Any, made: Any) -> None:
             old.copy_(new)
 
 
-class FrozenRecorder:
-    """A :class:`~encoder_fast.graphs.recorder.Recorder` for any device."""
+class FrozenRecorder(CudaRecorder):
+    """The recorder itself, over :mod:`fake_cuda`."""
 
-    def __init__(self) -> None:
-        self.recordings: list[_FrozenRecording] = []
-        self._in_turn = False
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__(torch.device("cuda", 0))
+        self.cuda = cuda
+        self.reads: list[Sequence[Tensor]] = []
 
-    def why_not_now(self) -> str | None:
-        return None
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        assert not self._in_turn
-        self._in_turn = True
-        yield
-        self._in_turn = False
-        # what is in the recorder's memory belongs to whoever comes next
-        for recording in self.recordings:
-            recording.output.fill_(float("nan"))
-
-    def record(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> _FrozenRecording:
-        assert self._in_turn
-        run()
-        tape = _Tape()
-        with tape:
-            output = run()
-        self.recordings.append(_FrozenRecording(tape, output, inputs))
-        return self.recordings[-1]
-
-
-class _FrozenRecording:
-    def __init__(self, tape: _Tape, output: Tensor, inputs: Sequence[Tensor]) -> None:
-        self._tape = tape
-        self.output = output
-        self.inputs = inputs
-
-    def replay(self) -> None:
-        self._tape.replay()
+    def record(self, run: Callable[[], Tensor], reads: Sequence[Tensor]) -> Recording:
+        recording = super().record(run, reads)
+        self.reads.append(reads)
+        return recording
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> FrozenRecorder:
     """Models patched with ``cuda_graphs=True`` from here on use the recorder that is returned."""
     from triton.runtime.interpreter import GridExecutor
 
-    recorder = FrozenRecorder()
+    cuda = FakeCuda(capture=_Tape)
+    cuda.install(monkeypatch)
+    recorder = FrozenRecorder(cuda)
     monkeypatch.setattr("encoder_fast.patching.state.recorder_for", lambda *_: recorder)
     run_op, launch = Operator.run, GridExecutor.__call__
 

@@ -167,11 +167,11 @@ def test_sequences_of_the_tail_are_empty(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.inference_mode():
         for lengths in (LENGTHS[0], LENGTHS[3], LENGTHS[0], LENGTHS[3]):
             model(**call_of(model, lengths))
-            for recording in recorder.recordings:
-                (starts,) = (x for x in recording.inputs if x.dtype == torch.int32)
+            for reads in recorder.reads:
+                (starts,) = (x for x in reads if x.dtype == torch.int32)
                 padded = [*lengths, 0, 0][:4]
                 assert starts.diff().tolist() == padded
-    assert len(recorder.recordings) == 1
+    assert len(recorder.reads) == 1
 
 
 def test_results_outlive_later_calls(backend: str) -> None:
@@ -228,6 +228,13 @@ def new_epsilon(layer: nn.Module) -> None:
     layer.output.LayerNorm.eps = 0.5
 
 
+def new_scale(layer: nn.Module) -> None:
+    attention = layer.attention.self
+    if "scaling" not in vars(attention):
+        pytest.skip("a transformers whose attention computes its scale")
+    attention.scaling *= 4
+
+
 @pytest.mark.parametrize(
     ("edit", "recorded"),
     [
@@ -237,6 +244,7 @@ def new_epsilon(layer: nn.Module) -> None:
         (transposed, 2),
         (new_norm, 2),
         (new_epsilon, 2),
+        (new_scale, 2),
     ],
 )
 def test_changed_models(edit: Callable[[nn.Module], None], recorded: int, backend: str) -> None:
@@ -279,6 +287,64 @@ def test_rotary_buffers_are_watched(backend: str) -> None:
         for _ in range(2):
             expect_parity(model, plain, call)
         assert (model(**call)[0] - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "fp32_precision",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+        "deterministic",
+    ],
+)
+def test_settings_are_watched(
+    setting: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They decide which kernels PyTorch launches."""
+    frozen_recorder.install(monkeypatch)
+    model = encoder_fast.patch(zoo.build("bert"), "reference", cuda_graphs=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(3):
+            model(**call)
+        assert graphs_of(model)[0] == 1
+        if setting == "deterministic":
+            monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        elif setting == "fp32_precision":
+            monkeypatch.setattr("encoder_fast.graphs.premises.float32_precision", lambda: "tf32")
+        else:
+            matmul = torch.backends.cuda.matmul
+            before = getattr(matmul, setting)
+            request.addfinalizer(lambda: setattr(matmul, setting, before))
+            setattr(matmul, setting, not before)
+        for _ in range(3):
+            model(**call)
+    assert graphs_of(model)[0] == 2
+
+
+def test_a_recording_that_fails_costs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = frozen_recorder.install(monkeypatch).cuda
+    model = zoo.build("bert")
+    plain = copy.deepcopy(model)
+    encoder_fast.patch(model, "reference", cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    cuda.refusals["capture_end"] = RuntimeError("refused")
+    # tried once
+    for _ in range(4):
+        expect_parity(model, plain, call)
+    failed = {**FIRST, "recording failed: RuntimeError: refused": 3}
+    assert graphs_of(model) == (0, 0, failed)
+    other = call_of(model, [40, 3])
+    for _ in range(3):
+        expect_parity(model, plain, other)
+    assert graphs_of(model)[:2] == (1, 2)
+    # what else was dropped is tried again too
+    for either in (model, plain):
+        new_parameter(either.encoder.layer[1])
+    for _ in range(3):
+        expect_parity(model, plain, call)
+    assert graphs_of(model)[:2] == (2, 4)
 
 
 def test_the_oldest_graph_goes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

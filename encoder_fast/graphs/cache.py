@@ -19,7 +19,7 @@ from encoder_fast import engine
 from encoder_fast.graphs.bucket import Bucket, linear_parameters, most_tokens
 from encoder_fast.graphs.counts import GraphCounts
 from encoder_fast.graphs.premises import Premises
-from encoder_fast.graphs.recorder import Recorder, Recording
+from encoder_fast.graphs.recorder import Recorder, Recording, RecordingFailedError
 from encoder_fast.packing import PackedBatch
 from encoder_fast.spec import EncoderSpec
 from encoder_fast.weights import WeightCache
@@ -73,6 +73,9 @@ class GraphCache:
         self._held: tuple | None = None
         self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()
         self._seen: OrderedDict[_Key, None] = OrderedDict()
+        # Sizes that could not be recorded and why. To try again would take longer each time than
+        # the forward does.
+        self._failed: dict[_Key, str] = {}
         self._lock = Lock()
 
     def run(
@@ -94,15 +97,12 @@ class GraphCache:
             key = _Key(Bucket.of(batch), has_types, first_token_alone)
             with self._lock:
                 self._drop_if_outdated()
-                if key in self._graphs or self._came_before(key):
-                    with self._recorder.turn():
-                        output = self._replay(key, inputs)
-                        rows = batch.batch_size if first_token_alone else batch.total
-                        # In the caller's mode, so that the result is what it would be without us.
-                        result = output[:rows].clone()
+                found = self._graph_of(key, inputs)
+                if isinstance(found, _Graph):
+                    result = self._replay(found, inputs, first_token_alone)
                     self._counts.count_replayed()
                     return result
-            reason = "the first batch of its size"
+            reason = found
         self._counts.count_without(reason)
         return None
 
@@ -128,6 +128,7 @@ class GraphCache:
         if now != self._held:
             self._graphs.clear()
             self._seen.clear()
+            self._failed.clear()
             self._held = now
 
     def _came_before(self, key: _Key) -> bool:
@@ -140,19 +141,35 @@ class GraphCache:
             self._seen.popitem(last=False)
         return False
 
-    def _replay(self, key: _Key, inputs: PackedInputs) -> Tensor:
-        # Without inference mode, under which what is made here could not be written in place later.
-        with torch.inference_mode(False), torch.no_grad():
-            graph = self._graphs.get(key)
-            if graph is None:
+    def _graph_of(self, key: _Key, inputs: PackedInputs) -> _Graph | str:
+        """The graph of a size, recorded now if this is its second batch, or why there is none."""
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            return graph
+        if key in self._failed:
+            return self._failed[key]
+        if not self._came_before(key):
+            return "the first batch of its size"
+        try:
+            # What inference mode makes could not be written outside it later.
+            with torch.inference_mode(False), torch.no_grad():
                 graph = self._graphs[key] = self._record(key, inputs)
-                if len(self._graphs) > MOST_GRAPHS:
-                    self._graphs.popitem(last=False)
-            else:
-                self._graphs.move_to_end(key)
-                graph.static.fill(inputs)
-            graph.recording.replay()
-            return graph.recording.output
+        except RecordingFailedError as error:
+            reason = self._failed[key] = f"recording failed: {error}"
+            return reason
+        if len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        return graph
+
+    def _replay(self, graph: _Graph, inputs: PackedInputs, first_token_alone: bool) -> Tensor:
+        batch, recording = inputs.batch, graph.recording
+        with self._recorder.turn():
+            graph.static.fill(inputs)
+            recording.replay()
+            rows = batch.batch_size if first_token_alone else batch.total
+            # In the caller's mode, so that the result is what it would be without us.
+            return recording.output[:rows].clone()
 
     def _record(self, key: _Key, inputs: PackedInputs) -> _Graph:
         spec, backend = self._spec, self._backend

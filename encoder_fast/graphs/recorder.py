@@ -1,20 +1,28 @@
 """Recording what a function launches, and launching all of it again: the part that needs a GPU.
 
-What is recorded are kernels with their arguments: addresses and numbers, as they were.
+What is recorded are kernels with their arguments: addresses and numbers, as they were. Whose memory
+they are, and on which streams, is told in docs/architecture.md.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from encoder_fast.backends import load
 from encoder_fast.errors import BackendUnavailableError
+
+
+class RecordingFailedError(Exception):
+    """Why nothing was recorded. Internal: the call runs kernel by kernel instead."""
 
 
 class Recording(Protocol):
@@ -28,7 +36,7 @@ class Recording(Protocol):
     output: Tensor
 
     def replay(self) -> None:
-        """Launch everything again, on the current stream."""
+        """Launch everything again, on the current stream. Only within a turn."""
 
 
 class Recorder(Protocol):
@@ -38,12 +46,20 @@ class Recorder(Protocol):
         """Why nothing can be recorded or replayed in this call; ``None`` where it can."""
 
     def turn(self) -> AbstractContextManager[None]:
-        """Around each use: it comes after all earlier ones, whatever streams they were on. Nobody
-        else may be in a turn, which the caller sees to."""
+        """Around each use of a recording: one at a time, after all earlier ones, whatever streams
+        they were on."""
 
-    def record(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Recording:
-        """Record ``run``, which reads ``inputs`` and nothing else that changes its place. It is
-        called twice and must not wait for the device. Only within a turn."""
+    def record(self, run: Callable[[], Tensor], reads: Sequence[Tensor]) -> Recording:
+        """Record ``run``, which is called twice, at first as an ordinary call, and must not wait
+        for the device. Not within a turn.
+
+        Args:
+            reads: what ``run`` reads or writes that was made for this recording or may be dropped
+                with it.
+
+        Raises:
+            RecordingFailedError: nothing was recorded, and all else is as before.
+        """
 
 
 def recorder_for(backend: str, device: torch.device) -> Recorder:
@@ -58,6 +74,11 @@ def recorder_for(backend: str, device: torch.device) -> Recorder:
             "cuda_graphs=True needs backend 'triton' or 'cuda' on an NVIDIA GPU; the model is on "
             f"{device} with backend {backend!r}"
         )
+    return _recorder_of(device)
+
+
+@functools.cache
+def _recorder_of(device: torch.device) -> Recorder:
     return CudaRecorder(device)
 
 
@@ -66,16 +87,19 @@ _recording = threading.Lock()
 
 
 class CudaRecorder:
-    """CUDA graphs of one device in one memory pool of their own."""
+    """The CUDA graphs of a device: all encoders share a memory pool and a stream to record on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        # For recording alone: PyTorch keeps a workspace of cuBLAS for each stream, and may drop it
-        # with any graph that was recorded there. Made while a graph is recorded, it lies in the
-        # pool, which stays as long as one of the graphs.
-        self._stream = torch.cuda.Stream(device)
+        self._lock = threading.Lock()
         self._last_turn = torch.cuda.Event()
+        # Where graphs are recorded; made when needed. A workspace of cuBLAS belongs to a stream.
+        # Made while something is recorded it lies in the pool, where nobody else gets its memory.
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        # PyTorch 2.11 refuses a pool that no graph uses any more while the workspace is still in
+        # it. So the last graph stays, also when its encoder has dropped it.
+        self._last_graph: torch.cuda.CUDAGraph | None = None
 
     def why_not_now(self) -> str | None:
         with torch.cuda.device(self._device):
@@ -84,7 +108,7 @@ class CudaRecorder:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        with torch.cuda.device(self._device):
+        with self._lock, torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._last_turn)
             try:
@@ -92,21 +116,87 @@ class CudaRecorder:
             finally:
                 self._last_turn.record(stream)
 
-    def record(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Recording:
-        home = torch.cuda.current_stream()
-        # Whatever happens once at a first launch, such as compiling a kernel or making a handle of
-        # cuBLAS, can't be recorded. It belongs to the process or thread, not to the stream.
-        run()
+    def record(self, run: Callable[[], Tensor], reads: Sequence[Tensor]) -> Recording:
+        with torch.cuda.device(self._device):
+            try:
+                # Whatever happens once at a first launch, such as compiling a kernel or making
+                # a handle of cuBLAS, can't be recorded. It belongs to the process or thread, not to
+                # the stream.
+                run()
+                graph, output = self._capture_with_room(run)
+            except Exception as error:
+                raise RecordingFailedError(f"{type(error).__name__}: {error}") from error
+            return _CudaRecording(graph, output, reads, torch.cuda.current_stream())
+
+    def _capture_with_room(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        with self._lock, _recording, _without_collector():
+            with suppress(torch.OutOfMemoryError):
+                return self._capture(run)
+            # While something is recorded, PyTorch can't give unused memory back to make room.
+            torch.cuda.empty_cache()
+            return self._capture(run)
+
+    def _capture(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        if self._stream is None:
+            self._stream = _new_stream(self._device)
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with work of theirs, unless they wait for the whole device.
-        with (
-            _recording,
-            torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
-            output = run()
-        return _CudaRecording(graph, output, inputs, home)
+        try:
+            # Not by `torch.cuda.graph`: it waits for the device, which breaks what other threads
+            # record, and leaves this thread on the stream when a recording fails to begin or end.
+            # Nothing runs here, so there is nothing to wait for.
+            with torch.cuda.stream(self._stream):
+                # Other threads may go on with work of theirs, unless they wait for the device.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = run()
+                except BaseException:
+                    # The end may fail too, and would say less.
+                    with suppress(RuntimeError):
+                        self._end(graph)
+                    raise
+                self._end(graph)
+        except BaseException:
+            if self._last_graph is not graph:
+                self._abandon()
+            raise
+        return graph, output
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        graph.capture_end()
+        self._last_graph = graph
+
+    def _abandon(self) -> None:
+        """Record somewhere else from now on: a recording that did not end leaves the pool in
+        a state that differs by version. Graphs that are there keep it."""
+        self._stream = self._last_graph = None
+        # As long as PyTorch takes it for recording, memory that was used on several streams is
+        # never free again.
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep garbage for later: what its finalisers do would be a part of the recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that nobody else has, for the life of the process. PyTorch's own are 32 a device,
+    handed out in turn: sooner or later a user gets the same one, and what they launch there while
+    a graph is recorded would become a part of it."""
+    stream, non_blocking = ctypes.c_void_p(), 1
+    error = ctypes.CDLL("libcuda.so.1").cuStreamCreate(ctypes.byref(stream), non_blocking)
+    if error:
+        raise RuntimeError(f"cuStreamCreate failed with error {error}")
+    return torch.cuda.ExternalStream(stream.value, device)
 
 
 class _CudaRecording:
@@ -114,18 +204,18 @@ class _CudaRecording:
         self,
         graph: torch.cuda.CUDAGraph,
         output: Tensor,
-        inputs: Sequence[Tensor],
+        reads: Sequence[Tensor],
         home: torch.cuda.Stream,
     ) -> None:
         self.output = output
         self._graph = graph
-        self._inputs = inputs
+        self._reads = reads
         self._home = home
 
     def replay(self) -> None:
         stream = torch.cuda.current_stream()
         if stream != self._home:
             # Their memory must not go to somebody else on the other stream while this one reads it.
-            for buffer in self._inputs:
+            for buffer in self._reads:
                 buffer.record_stream(stream)
         self._graph.replay()

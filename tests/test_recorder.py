@@ -1,0 +1,273 @@
+"""The recorder of CUDA graphs over a CUDA without a GPU: pools, streams, threads and failures."""
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import Buffer, FakeCuda, OutOfMemoryError, Stream
+from torch import Tensor
+
+from encoder_fast.graphs import recorder
+from encoder_fast.graphs.recorder import CudaRecorder, Recording, RecordingFailedError
+
+HOME = Stream(0)
+
+
+@pytest.fixture(params=["2.11", "later"])
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """By the version of PyTorch."""
+    fake = FakeCuda(is_later=request.param == "later")
+    fake.install(monkeypatch)
+    return fake
+
+
+@pytest.fixture
+def device_recorder(cuda: FakeCuda) -> CudaRecorder:
+    return CudaRecorder(torch.device("cuda", 0))
+
+
+def forward(cuda: FakeCuda, kernel: str = "norm") -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        cuda.gemm()
+        cuda.launch(kernel)
+        return torch.zeros(1)
+
+    return run
+
+
+def replay(cuda: FakeCuda, of: CudaRecorder, recording: Recording) -> list[str]:
+    """What a replay launches."""
+    with of.turn():
+        recording.replay()
+    return cuda.ran[-1][1]
+
+
+def test_what_is_recorded_runs_again(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    run = forward(cuda)
+    recording = device_recorder.record(run, [])
+    # once as an ordinary call, on the caller's stream, and then nothing until it is replayed
+    assert cuda.ran == [(HOME, ["gemm"]), (HOME, ["norm"])]
+    for _ in range(2):
+        assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
+
+
+def test_recorded_again_after_all_were_dropped(
+    cuda: FakeCuda, device_recorder: CudaRecorder
+) -> None:
+    """With cuBLAS's workspace in the pool, PyTorch 2.11 refuses one that no graph uses."""
+    for count in range(1, 4):
+        recordings = [device_recorder.record(forward(cuda), []) for _ in range(count)]
+        for recording in recordings:
+            assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
+        # torch.compile clears the workspaces of all streams, users the cache
+        cuda.clear_workspaces()
+        for recording in recordings:
+            assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
+        del recording, recordings
+
+
+def test_other_graphs_outlive_one_that_goes(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    kept, dropped, *_ = (device_recorder.record(forward(cuda, name), []) for name in "abc")
+    del dropped
+    cuda.empty_cache()
+    assert replay(cuda, device_recorder, kept) == ["gemm", "a"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("capture_begin", RuntimeError("refused")),
+        ("launch", RuntimeError("refused")),
+        ("capture_end", RuntimeError("refused")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_failure_leaves_no_trace(
+    call: str, error: Exception, cuda: FakeCuda, device_recorder: CudaRecorder
+) -> None:
+    """Also as the first recording of all."""
+    earlier: list[Recording] = []
+    for _ in range(2):
+        cuda.refusals[call] = error
+        with pytest.raises(RecordingFailedError, match="RuntimeError: refused"):
+            device_recorder.record(forward(cuda), [])
+        assert cuda.current_stream() == HOME
+        assert cuda.is_clean
+        assert gc.isenabled()
+        earlier.append(device_recorder.record(forward(cuda), []))
+        for recording in earlier:
+            assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
+
+
+def test_a_forward_that_fails_fails_the_recording(
+    cuda: FakeCuda, device_recorder: CudaRecorder
+) -> None:
+    def run() -> Tensor:
+        raise OutOfMemoryError("full")
+
+    with pytest.raises(RecordingFailedError, match="full"):
+        device_recorder.record(run, [])
+    device_recorder.record(forward(cuda), [])
+
+
+def test_an_interrupt_passes(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    calls: list[int] = []
+
+    def run() -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return torch.zeros(1)
+
+    with pytest.raises(KeyboardInterrupt):
+        device_recorder.record(run, [])
+    assert cuda.current_stream() == HOME
+    assert cuda.is_clean
+    device_recorder.record(forward(cuda), [])
+
+
+def test_room_is_made(
+    cuda: FakeCuda, device_recorder: CudaRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the allocator keeps for later is given back, where that lets a graph be recorded."""
+    emptied: list[bool] = []
+    fake: Any = recorder.torch
+    monkeypatch.setattr(fake.cuda, "empty_cache", lambda: emptied.append(cuda.is_clean))
+    device_recorder.record(forward(cuda), [])
+    assert not emptied
+    cuda.refusals["launch"] = OutOfMemoryError("full")
+    recording = device_recorder.record(forward(cuda), [])
+    assert emptied == [True]
+    assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
+
+
+def test_nobody_else_is_on_the_stream(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    """PyTorch's own streams come again after the 32nd."""
+    users = {cuda.Stream() for _ in range(40)}
+    assert len(users) == 32
+    home = forward(cuda)
+
+    def run() -> Tensor:
+        def work() -> None:
+            for stream in users:
+                with cuda.stream(stream):
+                    cuda.launch("a user's")
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return home()
+
+    recordings = [device_recorder.record(run, []) for _ in range(33)]
+    for recording in recordings:
+        assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
+
+
+def test_models_of_a_device_share_a_recorder(cuda: FakeCuda) -> None:
+    """And so its stream, which is never given back."""
+    recorder._recorder_of.cache_clear()
+    first, second = (recorder.recorder_for("triton", torch.device("cuda", 0)) for _ in range(2))
+    recorder._recorder_of.cache_clear()
+    assert first is second
+
+
+def test_what_another_thread_records_is_left_alone(
+    cuda: FakeCuda, device_recorder: CudaRecorder
+) -> None:
+    """No wait for the whole device: it would break the other recording."""
+    fake: Any = recorder.torch
+    graph = fake.cuda.CUDAGraph()
+    mine, theirs = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with cuda.stream(cuda.Stream()):
+            graph.capture_begin(pool=(1, 0), capture_error_mode="thread_local")
+            theirs.set()
+            assert mine.wait(10)
+            cuda.launch("theirs")
+            graph.capture_end()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert theirs.wait(10)
+    recording = device_recorder.record(forward(cuda), [])
+    mine.set()
+    thread.join()
+    assert graph.kernels == ["theirs"]
+    graph.replay()
+    assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
+
+
+def test_garbage_is_not_collected_while_recording(
+    cuda: FakeCuda, device_recorder: CudaRecorder
+) -> None:
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            cuda.launch("a finaliser's")
+
+    def run() -> Tensor:
+        for _ in range(2 * gc.get_threshold()[0]):
+            Garbage()
+        return forward(cuda)()
+
+    recording = device_recorder.record(run, [])
+    assert gc.isenabled()
+    assert "a finaliser's" not in replay(cuda, device_recorder, recording)
+
+
+def test_turns_come_one_after_another(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    recording = device_recorder.record(forward(cuda), [])
+    streams = [cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        with cuda.stream(stream):
+            replay(cuda, device_recorder, recording)
+    # the second stream waits for what the first one ran
+    assert cuda.waits == [(streams[1], streams[0])]
+    assert [stream for stream, _ in cuda.ran[-2:]] == streams
+
+
+def test_a_turn_keeps_other_threads_out(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    recording = device_recorder.record(forward(cuda), [])
+    order: list[str] = []
+
+    def work() -> None:
+        replay(cuda, device_recorder, recording)
+        device_recorder.record(forward(cuda), [])
+        order.append("other")
+
+    thread = threading.Thread(target=work)
+    with device_recorder.turn():
+        thread.start()
+        thread.join(0.05)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]
+
+
+def test_what_a_replay_reads_is_kept_for_its_stream(
+    cuda: FakeCuda, device_recorder: CudaRecorder
+) -> None:
+    buffers: list[Any] = [Buffer(), Buffer()]
+    recording = device_recorder.record(forward(cuda), buffers)
+    replay(cuda, device_recorder, recording)
+    assert not any(buffer.streams for buffer in buffers)
+    other = cuda.Stream()
+    with cuda.stream(other):
+        replay(cuda, device_recorder, recording)
+    assert all(buffer.streams == [other] for buffer in buffers)
+
+
+def test_inside_a_recording_of_the_caller(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    fake: Any = recorder.torch
+    assert device_recorder.why_not_now() is None
+    graph = fake.cuda.CUDAGraph()
+    with cuda.stream(cuda.Stream()):
+        graph.capture_begin(pool=(1, 0), capture_error_mode="thread_local")
+        assert device_recorder.why_not_now() == "the caller records a CUDA graph of its own"
+        graph.capture_end()
