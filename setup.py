@@ -14,8 +14,8 @@ Neither takes torch. By environment variable:
 
 - `ENCODER_FAST_BUILD_CPU`, `ENCODER_FAST_BUILD_CUDA`: 1 makes it an error that something is missing
   or that the build fails, 0 builds none.
-- `ENCODER_FAST_CUDA_ARCHS`: what to compile for, by default "80 90a". The first is kept as PTX
-  too, from which the driver of a later GPU makes what it needs.
+- `ENCODER_FAST_CUDA_ARCHS`: what to compile for, by default "80 90a"; "native" is the GPU that is
+  here. The first is kept as PTX too, from which the driver of a later GPU makes what it needs.
 - `MAX_JOBS`: compilers at a time, by default as many as there are processors.
 """
 
@@ -117,9 +117,24 @@ def extensions() -> list[Extension]:
     ]
 
 
+def native_archs() -> str:
+    """The architectures of the GPUs that are here."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"ENCODER_FAST_CUDA_ARCHS=native, but nvidia-smi names no GPU: {error}"
+        ) from None
+    archs = sorted({line.strip().replace(".", "") for line in found.splitlines() if line.strip()})
+    # Hopper's own instructions are in no other target.
+    return " ".join("90a" if arch == "90" else arch for arch in archs)
+
+
 def architectures() -> list[str]:
     """nvcc's options for the architectures to compile for."""
-    archs = re.split(r"[\s,;]+", os.environ.get("ENCODER_FAST_CUDA_ARCHS", "").strip() or ARCHS)
+    asked = os.environ.get("ENCODER_FAST_CUDA_ARCHS", "").strip() or ARCHS
+    archs = re.split(r"[\s,;]+", native_archs() if asked == "native" else asked)
     for arch in archs:
         number = re.fullmatch(r"(\d+)[af]?", arch)
         if number is None or int(number[1]) < 80:

@@ -17,6 +17,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD_DIMS = (16, 32, 64, 96, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# Scores held at a time, 256 MiB of them in float64: several workers share a GPU.
+_MOST_SCORES = 1 << 25
+
 
 @contextmanager
 def poisoned_empty() -> Iterator[None]:
@@ -60,15 +63,16 @@ def softmax_attention(
     out = torch.zeros(q.shape, dtype=dtype, device=q.device)
     for begin, end in itertools.pairwise(itertools.accumulate(lengths, initial=0)):
         b_q, b_k, b_v = (x[begin:end].to(dtype).transpose(0, 1) for x in (q, k, v))
-        scores = b_q @ b_k.transpose(1, 2) * scale
         index = torch.arange(end - begin, device=q.device)
-        distance = index[None, :] - index[:, None]
-        if relative_bias is not None:
-            reach = relative_bias.shape[1] // 2
-            scores += relative_bias.to(dtype)[:, distance.clamp(-reach, reach) + reach]
-        if window_size is not None:
-            scores = scores.masked_fill(distance.abs() > window_size, float("-inf"))
-        out[begin:end] = (scores.softmax(-1) @ b_v).transpose(0, 1)
+        for rows in index.split(max(1, _MOST_SCORES // max(1, b_k[..., 0].numel()))):
+            scores = b_q[:, rows] @ b_k.transpose(1, 2) * scale
+            distance = index[None, :] - rows[:, None]
+            if relative_bias is not None:
+                reach = relative_bias.shape[1] // 2
+                scores += relative_bias.to(dtype)[:, distance.clamp(-reach, reach) + reach]
+            if window_size is not None:
+                scores = scores.masked_fill(distance.abs() > window_size, float("-inf"))
+            out[begin + rows] = (scores.softmax(-1) @ b_v).transpose(0, 1)
     return out
 
 

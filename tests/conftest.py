@@ -2,7 +2,9 @@
 
 import os
 import signal
+from collections.abc import Generator
 
+import on_gpu
 import pytest
 import torch
 
@@ -43,9 +45,25 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+@pytest.fixture(autouse=True, scope="session")
+def _share_of_the_gpu() -> None:
+    """What a worker's allocator keeps must leave room for the other workers."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if torch.cuda.is_available() and workers > 1:
+        torch.cuda.set_per_process_memory_fraction(on_gpu.memory_share(workers))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
+    has_gpu = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if has_gpu and item.path.stem in on_gpu.WHOLE_FILES:
+            item.add_marker(pytest.mark.gpu)
+        elif not has_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+    yield  # pytest leaves out what -m does not choose
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if config.getoption("dist", "no") == "worksteal":
+        items[:] = on_gpu.dealt(items, workers)

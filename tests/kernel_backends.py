@@ -24,3 +24,11 @@ def kernel_backends() -> tuple[str, ...]:
         cuda_host_build.build_backend()
     names = ("triton", "cuda", "cuda-host")
     return tuple(name for name in names if why_not(name, torch.device(DEVICE)) is None)
+
+
+@functools.cache
+def model_backends() -> tuple[str, ...]:
+    """What a whole model is patched with: each by name on a GPU, elsewhere what `auto` chooses."""
+    if DEVICE == "cpu":
+        return ("auto",)
+    return kernel_backends()

@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MARKS = [pytest.mark.gpu] if DEVICE == "cuda" else []
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
     from triton_interpreter import repair_interpreter

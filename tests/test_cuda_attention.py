@@ -19,9 +19,9 @@ from torch import Tensor
 from encoder_fast.backends import load
 
 BACKENDS = [name for name in kernel_backends() if name.startswith("cuda")]
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-if not BACKENDS:
-    pytestmark.append(pytest.mark.skip(reason="neither the extension nor its emulation is here"))
+pytestmark = pytest.mark.skipif(
+    not BACKENDS, reason="neither the extension nor its emulation is here"
+)
 on_gpu_alone = pytest.mark.skipif(DEVICE == "cpu", reason="would take minutes in the emulation")
 
 HEAD_DIMS = (32, 64, 128)
@@ -237,6 +237,7 @@ def test_rows_that_are_not_aligned_raise(kernel: ModuleType, which: str) -> None
         kernel.attention(*(heads | {which: padded}).values(), cumulated((10,)), 10, 1.0)
 
 
+@pytest.mark.large_memory
 def test_rows_beyond_32_bits_of_offset(kernel: ModuleType) -> None:
     # 33 rows, 2**26 elements apart: the last begins at 2**31. Pages not touched take no memory.
     try:
@@ -251,6 +252,7 @@ def test_rows_beyond_32_bits_of_offset(kernel: ModuleType) -> None:
 
 
 @on_gpu_alone
+@pytest.mark.large_memory
 def test_outputs_beyond_32_bits_of_offset(kernel: ModuleType) -> None:
     # 2**31 elements and more; all sequences attend to the same 64 rows.
     heads, head_dim, length, batch = 64, 128, 64, 4097

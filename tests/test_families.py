@@ -10,6 +10,7 @@ import torch
 import transformers
 import zoo
 from berts import DEVICE, DTYPES, inputs
+from kernel_backends import model_backends
 
 import encoder_fast
 
@@ -52,16 +53,18 @@ def many_texts_for(family: str, head: str, kind: str) -> dict:
 @pytest.mark.parametrize("kind", ["none", "right", "holes", "empty_row", "left"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("family", "head"), zoo.CASES, ids=lambda case: case)
-def test_parity(family: str, head: str, dtype: str, kind: str) -> None:
-    model = zoo.build(family, head).to(DTYPES[dtype])
+@pytest.mark.parametrize("backend", model_backends())
+def test_parity(backend: str, family: str, head: str, dtype: str, kind: str) -> None:
+    changes = zoo.sizes_for(backend, family, DTYPES[dtype])
+    model = zoo.build(family, head, **changes).to(DTYPES[dtype])
     call = many_texts_for(family, head, kind)
     if kind == "left" and zoo.refuses_left_padding(family, head):
         with torch.inference_mode():
             expected = model(**call)[0]
-            assert torch.equal(encoder_fast.patch(model)(**call)[0], expected)
+            assert torch.equal(encoder_fast.patch(model, backend)(**call)[0], expected)
         assert "left padding" in next(iter(encoder_fast.report(model).fallbacks))
         return
-    report = encoder_fast.check_parity(model, call)
+    report = encoder_fast.check_parity(model, call, backend=backend)
     assert report.ok, str(report)
 
 
@@ -89,14 +92,18 @@ BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072
 
 
 @pytest.mark.parametrize("family", [name for name in zoo.FAMILIES if name != "bert"])
-def test_base_size(family: str) -> None:
+@pytest.mark.parametrize("backend", model_backends())
+def test_base_size(backend: str, family: str) -> None:
+    dtype = torch.float16 if backend == "cuda" else torch.float32
+    zoo.sizes_for(backend, family, dtype)  # its own will do, where the family does
     sizes = SIZES.get(family, {})
     model = zoo.build(family, **(sizes if "dim" in sizes else {**BASE, **sizes}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.02)  # as these sizes are initialised
-    report = encoder_fast.check_parity(model, call_for(family, "Model", "right"))
+    call = call_for(family, "Model", "right")
+    report = encoder_fast.check_parity(model.to(dtype), call, backend=backend)
     assert report.ok, str(report)
 
 

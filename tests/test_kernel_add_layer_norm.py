@@ -12,7 +12,6 @@ from kernel_backends import kernel_backends
 from layer_norm_oracle import (
     DEVICE,
     DTYPES,
-    MARKS,
     dtype_name,
     error_bound,
     guarded_empty,
@@ -24,8 +23,6 @@ from torch import Tensor
 
 from encoder_fast.backends import load
 from encoder_fast.kernels.row_norm import ROW_TILES, address, row_align, row_tile, tile_for
-
-pytestmark = MARKS
 
 # Both sides of the rungs of ROW_TILES; 1 has no variance, 7 and 1000 fill no 16-byte access, 312 is
 # TinyBERT, a multiple of 8 and not of 16; 384, 768 and 1024 are the widths of most encoders.
@@ -154,6 +151,7 @@ def test_rows_that_are_not_aligned_to_an_access(kernels):
     check(kernels, x, None, random(768), random(768))
 
 
+@pytest.mark.large_memory
 def test_row_offset_beyond_int32(kernels):
     stride = 2**29 + 8
     try:

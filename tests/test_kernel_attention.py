@@ -25,8 +25,6 @@ from attention_oracle import (
 from encoder_fast.kernels import attention as kernel
 from encoder_fast.kernels.attention_tiles import input_precision
 
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
 # One entry a launch configuration, each with lengths on and to either side of its tile edges and
 # with empty sequences at the front, inside and at the end.
 LENGTHS = {
@@ -166,6 +164,7 @@ def test_strides(layout: str, dtype: torch.dtype) -> None:
         assert_as_good_as_eager(q, k, v, lengths)
 
 
+@pytest.mark.large_memory
 def test_rows_beyond_32_bits_of_offset() -> None:
     # 33 rows, 2**26 elements apart: the last begins at 2**31. Pages not touched take no memory.
     try:

@@ -21,8 +21,6 @@ from torch import Tensor
 from encoder_fast.backends.triton import attention
 from encoder_fast.kernels import local_attention
 
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
 # Empty sequences at the front, inside and at the end, and lengths on and beside the tiles' edges.
 MIXED = (0, 1, 63, 64, 0, 65, 129, 0)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from encoder_fast.kernels import disentangled_attention as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -96,7 +95,7 @@ def test_long_sequence(dtype: torch.dtype) -> None:
 def test_longest_sequence_among_short_ones(dtype: torch.dtype) -> None:
     one = problem(
         *((3, 4096, 0, 700, 2047), dtype),
-        **{"heads": 12, "head_dim": 64, "span": 256, "buckets": 256, "max_distance": 512},
+        **{"heads": 4, "head_dim": 64, "span": 256, "buckets": 256, "max_distance": 512},
         **{"tail": 100, "device": DEVICE},
     )
     one.check(run(one))

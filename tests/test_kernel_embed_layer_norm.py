@@ -12,7 +12,6 @@ from kernel_backends import kernel_backends
 from layer_norm_oracle import (
     DEVICE,
     DTYPES,
-    MARKS,
     dtype_name,
     error_bound,
     guarded_empty,
@@ -23,8 +22,6 @@ from layer_norm_oracle import (
 from torch import Tensor
 
 from encoder_fast.backends import load
-
-pytestmark = MARKS
 
 EPS = 1e-12
 
@@ -207,6 +204,7 @@ def test_id_out_of_range_is_nan_without_vectors(kernels):
 
 
 # Row 2 of the table begins beyond what 32 bits can count.
+@pytest.mark.large_memory
 def test_table_beyond_int32(kernels):
     N, stride = 64, 2**30 + 8
     try:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from layer_norm_oracle import (
     DEVICE,
     DTYPES,
-    MARKS,
     dtype_name,
     error_bound,
     guarded_empty,
@@ -18,8 +17,6 @@ from layer_norm_oracle import (
 from torch import Tensor
 
 from encoder_fast.kernels.gated import ACTIVATIONS, gated
-
-pytestmark = MARKS
 
 
 def eager(x: Tensor, activation: str) -> Tensor:

@@ -9,14 +9,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from layer_norm_oracle import DEVICE, MARKS, dtype_name
+from layer_norm_oracle import DEVICE, dtype_name
 from torch import Tensor
 
 from encoder_fast.backends import masks
 from encoder_fast.kernels import pack_mask
 from encoder_fast.kernels.pack_mask import BLOCK_B, BLOCK_S
-
-pytestmark = MARKS
 
 GUARD, POISON = 8, 99
 

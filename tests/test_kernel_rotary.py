@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_norm_oracle import DEVICE, DTYPES, MARKS, dtype_name, error_bound, max_error
+from layer_norm_oracle import DEVICE, DTYPES, dtype_name, error_bound, max_error
 from torch import Tensor
 
 from encoder_fast.kernels.rotary import head_tile, rotary
 from encoder_fast.ops.rotary import rotary_tables
-
-pytestmark = MARKS
 
 # The head sizes that attention has; 96 leaves lanes idle.
 HEAD_DIMS = (16, 32, 64, 96, 128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,29 @@ def test_a_wheel_with_the_extension(small: Path, build_tools: None, tmp_path: Pa
     assert error in (0, 35, 100), "success, an old driver or no device"
 
 
+def nvidia_smi(folder: Path, script: str) -> Path:
+    """A folder with a program of that name."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return folder
+
+
+def test_the_gpu_that_is_here_is_all_that_is_compiled_for(small: Path, tmp_path: Path) -> None:
+    """Two H100 and an L40S: Hopper's instructions are in its own target alone."""
+    code = "import setup; print(*setup.architectures())"
+    stub = "import setuptools; setuptools.setup = lambda **_: None; import sys; "
+    folder = nvidia_smi(tmp_path, "echo 9.0; echo 9.0; echo 8.9")
+    path = f"{folder}:{os.environ['PATH']}"
+    environment = {"ENCODER_FAST_CUDA_ARCHS": "native", "PATH": path}
+    output = succeed(run([sys.executable, "-c", stub + code], small, **environment))
+    assert output.split()[-3:] == [
+        "-gencode=arch=compute_89,code=sm_89",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_89,code=compute_89",
+    ]
+
+
 def test_without_nvcc_the_wheel_is_pure(small: Path, build_tools: None) -> None:
     result = run([sys.executable, "-c", SETUP_WITHOUT_NVCC], small, ENCODER_FAST_BUILD_CUDA="")
     succeed(result)
@@ -98,11 +122,16 @@ def test_without_nvcc_asking_for_the_extension_is_an_error(small: Path) -> None:
         ("ENCODER_FAST_BUILD_CUDA", "yes", "must be 0 or 1, got 'yes'"),
         ("ENCODER_FAST_CUDA_ARCHS", "75", "architectures from 80 on, such as '80 90a', got '75'"),
         ("ENCODER_FAST_CUDA_ARCHS", "80 hopper", "got 'hopper'"),
+        ("ENCODER_FAST_CUDA_ARCHS", "native", "but nvidia-smi names no GPU"),
     ],
 )
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_settings_that_mean_nothing(small: Path, name: str, value: str, message: str) -> None:
-    environment = {"ENCODER_FAST_BUILD_CUDA": "1", name: value}
+def test_settings_that_mean_nothing(
+    small: Path, name: str, value: str, message: str, tmp_path: Path
+) -> None:
+    # no GPU, whatever is here
+    path = f"{nvidia_smi(tmp_path, 'exit 9')}:{os.environ['PATH']}"
+    environment = {"ENCODER_FAST_BUILD_CUDA": "1", "PATH": path, name: value}
     result = run([sys.executable, "setup.py", "-q", "build_ext"], small, **environment)
     assert result.returncode != 0
     assert message in result.stderr

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import zoo
 from berts import (
     DEVICE,
     DTYPES,
@@ -14,6 +15,7 @@ from berts import (
     rxnfp,
     tiny,
 )
+from kernel_backends import model_backends
 
 import encoder_fast
 from encoder_fast.parity import compare
@@ -37,16 +39,20 @@ def call_for(head: str, kind: str) -> dict:
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head", HEADS)
-def test_heads(head: str, dtype: str, kind: str) -> None:
-    model = tiny(head).to(DTYPES[dtype])
-    report = encoder_fast.check_parity(model, call_for(head, kind))
+@pytest.mark.parametrize("backend", model_backends())
+def test_heads(backend: str, head: str, dtype: str, kind: str) -> None:
+    model = tiny(head, **zoo.sizes_for(backend, "bert", DTYPES[dtype])).to(DTYPES[dtype])
+    report = encoder_fast.check_parity(model, call_for(head, kind), backend=backend)
     assert report.ok, str(report)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_base_size(dtype: str) -> None:
+@pytest.mark.parametrize("backend", model_backends())
+def test_base_size(backend: str, dtype: str) -> None:
+    zoo.sizes_for(backend, "bert", DTYPES[dtype])  # its own will do, where the dtype does
     model = base_width().to(DTYPES[dtype])
-    report = encoder_fast.check_parity(model, inputs("right", length=65, vocab=1000))
+    call = inputs("right", length=65, vocab=1000)
+    report = encoder_fast.check_parity(model, call, backend=backend)
     assert report.ok, str(report)
 
 
@@ -101,9 +107,11 @@ def test_lengths_around_tile_edges() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_minilm(dtype: str) -> None:
+@pytest.mark.parametrize("backend", model_backends())
+def test_minilm(backend: str, dtype: str) -> None:
     from transformers import AutoTokenizer
 
+    zoo.sizes_for(backend, "bert", DTYPES[dtype])
     tokenizer = AutoTokenizer.from_pretrained(minilm_path())
     texts = [
         "The invoice was paid twice and the customer wants one payment back.",
@@ -112,7 +120,7 @@ def test_minilm(dtype: str) -> None:
         "",
     ]
     call = tokenizer(texts, padding=True, return_tensors="pt").to(DEVICE)
-    report = encoder_fast.check_parity(minilm(DTYPES[dtype]), call)
+    report = encoder_fast.check_parity(minilm(DTYPES[dtype]), call, backend=backend)
     assert report.ok, str(report)
 
 

@@ -1,0 +1,93 @@
+"""The run of the tests on a GPU: what is in it, in which order, and that nothing is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import on_gpu
+import pytest
+import torch
+import zoo
+from kernel_backends import kernel_backends
+
+from encoder_fast.backends import why_not
+
+
+@pytest.mark.gpu
+def test_the_cuda_extension_is_there() -> None:
+    """Else everything of it would be skipped, or not be in a grid of backends, in silence."""
+    if os.environ.get("ENCODER_FAST_BUILD_CUDA") == "0":
+        pytest.skip("ENCODER_FAST_BUILD_CUDA=0")
+    assert "cuda" in kernel_backends(), why_not("cuda", torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("tests", "workers"), [(10, 4), (9, 3), (2, 5), (0, 2), (40, 14)])
+def test_each_worker_begins_with_what_tells_most(tests: int, workers: int) -> None:
+    order = on_gpu.dealt(range(tests), workers)
+    assert sorted(order) == list(range(tests))
+    # what pytest-xdist gives to each worker at first
+    runs, left = [], list(order)
+    for remaining in range(workers, 0, -1):
+        size = len(left) // remaining
+        runs.append(left[:size])
+        del left[:size]
+    firsts = sorted(run[0] for run in runs if run)
+    assert firsts == list(range(len(firsts)))
+    assert all(run == sorted(run) for run in runs)
+
+
+def test_workers_leave_memory_for_each_other() -> None:
+    for workers in (1, 4, 14, 30):
+        contexts = 0.01 * workers
+        assert workers * on_gpu.memory_share(workers) + contexts < 1
+
+
+def test_files_that_are_named_exist() -> None:
+    for group in on_gpu.GROUPS.values():
+        for name in (*group.whole, *group.marked):
+            assert (on_gpu.TESTS / f"{name}.py").is_file(), name
+
+
+@pytest.fixture(scope="module")
+def selected() -> list[str]:
+    """The tests of the whole run as a machine with an H100 would collect them."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is used, not faked")
+    command, _ = on_gpu.pytest_commands(
+        list(on_gpu.GROUPS), ["--collect-only", "-q", "-n0", "-m", "gpu"]
+    )
+    result = subprocess.run(
+        [*command[:3], "-p", "faked_gpu", *command[3:]],
+        env={**os.environ, "PYTHONPATH": f"{on_gpu.TESTS}{os.pathsep}{on_gpu.TESTS.parent}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return [line for line in result.stdout.splitlines() if "::" in line]
+
+
+def test_what_a_card_would_run(selected: list[str]) -> None:
+    files = {
+        line.partition("::")[0].removeprefix("tests/").removesuffix(".py") for line in selected
+    }
+    named = {name for group in on_gpu.GROUPS.values() for name in (*group.whole, *group.marked)}
+    assert files == named
+    for elsewhere in ("compile", "packaging", "bench", "docs", "cli", "readme"):
+        assert not [name for name in files if elsewhere in name]
+    assert 3000 < len(selected) < 6000
+    assert selected[0].endswith("test_the_cuda_extension_is_there")
+
+
+def test_every_family_would_run_on_both_backends(selected: list[str]) -> None:
+    for family in zoo.FAMILIES:
+        for backend in ("triton", "cuda"):
+            start = f"tests/test_families.py::test_parity[{backend}-{family}-"
+            assert any(line.startswith(start) for line in selected), start
+
+
+def test_no_file_of_kernels_is_forgotten() -> None:
+    kernels = {path.stem for path in on_gpu.TESTS.glob("test_kernel_*.py")}
+    # arithmetic of the host alone
+    assert kernels - {"test_kernel_integers"} <= on_gpu.WHOLE_FILES
