@@ -70,6 +70,7 @@ class FakeCuda:
         capture: makes what repeats, as a context, what ran within it; its ``replay()`` is called.
         refusals: errors by the call that raises them next: ``capture_begin``, ``capture_end``
             and ``launch`` during a capture.
+        stream_error: what the driver answers when asked for a stream; 0 is success.
         ran: what ran, in order: the stream and the kernels, those of a graph together.
         waits: streams and the events that they waited for.
     """
@@ -77,6 +78,7 @@ class FakeCuda:
     is_later: bool = False
     capture: Callable[[], Any] | None = None
     refusals: dict[str, Exception] = field(default_factory=dict)
+    stream_error: int = 0
     ran: list[tuple[Stream, list[str]]] = field(default_factory=list)
     waits: list[tuple[Stream, Stream]] = field(default_factory=list)
     graphs: int = 0
@@ -120,8 +122,9 @@ class FakeCuda:
 
     def _create_stream(self, handle: Any, flags: int) -> int:
         assert flags == 1, "a stream that waits for the default stream can't be captured beside it"
-        handle._obj.value = next(self._next_own_stream)
-        return 0
+        if self.stream_error == 0:
+            handle._obj.value = next(self._next_own_stream)
+        return self.stream_error
 
     def current_stream(self) -> Stream:
         return getattr(self._here, "stream", Stream(0))

@@ -166,6 +166,14 @@ def test_nobody_else_is_on_the_stream(cuda: FakeCuda, device_recorder: CudaRecor
         assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
 
 
+def test_no_stream_is_no_recording(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    cuda.stream_error = 2
+    with pytest.raises(RecordingFailedError, match="cuStreamCreate failed with error 2"):
+        device_recorder.record(forward(cuda), [])
+    cuda.stream_error = 0
+    device_recorder.record(forward(cuda), [])
+
+
 def test_models_of_a_device_share_a_recorder(cuda: FakeCuda) -> None:
     """And so its stream, which is never given back."""
     recorder._recorder_of.cache_clear()
@@ -232,22 +240,46 @@ def test_turns_come_one_after_another(cuda: FakeCuda, device_recorder: CudaRecor
     assert [stream for stream, _ in cuda.ran[-2:]] == streams
 
 
-def test_a_turn_keeps_other_threads_out(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+def in_the_meantime(work: Callable[[], object]) -> threading.Thread:
+    """``work`` in a thread of its own, which has begun and had some time to end."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(0.05)
+    return thread
+
+
+def test_a_turn_keeps_other_turns_out(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
     recording = device_recorder.record(forward(cuda), [])
-    order: list[str] = []
+    with device_recorder.turn():
+        thread = in_the_meantime(lambda: replay(cuda, device_recorder, recording))
+        assert thread.is_alive()
+    thread.join()
+
+
+def test_a_recording_keeps_other_recordings_out_and_no_turn(
+    cuda: FakeCuda, device_recorder: CudaRecorder
+) -> None:
+    earlier = device_recorder.record(forward(cuda), [])
+    recordings: list[Recording] = []
+    threads: list[threading.Thread] = []
 
     def work() -> None:
-        replay(cuda, device_recorder, recording)
-        device_recorder.record(forward(cuda), [])
-        order.append("other")
+        recordings.append(device_recorder.record(forward(cuda, "other"), []))
 
-    thread = threading.Thread(target=work)
-    with device_recorder.turn():
-        thread.start()
-        thread.join(0.05)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "other"]
+    def run() -> Tensor:
+        in_a_recording = cuda.current_stream() != HOME
+        if in_a_recording:
+            threads.append(in_the_meantime(work))
+            turn = in_the_meantime(lambda: replay(cuda, device_recorder, earlier))
+            turn.join(10)
+            assert threads[0].is_alive()
+            assert not turn.is_alive()
+        return forward(cuda)()
+
+    recordings.append(device_recorder.record(run, []))
+    threads[0].join()
+    found = [replay(cuda, device_recorder, recording)[-1] for recording in recordings]
+    assert sorted(found) == ["norm", "other"]
 
 
 def test_what_a_replay_reads_is_kept_for_its_stream(

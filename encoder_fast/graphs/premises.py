@@ -53,6 +53,7 @@ class Premises:
             float32_precision(),
             matmul.allow_fp16_reduced_precision_reduction,
             matmul.allow_bf16_reduced_precision_reduction,
+            matmul.allow_fp16_accumulation,
             torch.are_deterministic_algorithms_enabled(),
         )
 

@@ -51,7 +51,7 @@ class Recorder(Protocol):
 
     def record(self, run: Callable[[], Tensor], reads: Sequence[Tensor]) -> Recording:
         """Record ``run``, which is called twice, at first as an ordinary call, and must not wait
-        for the device. Not within a turn.
+        for the device.
 
         Args:
             reads: what ``run`` reads or writes that was made for this recording or may be dropped
@@ -91,7 +91,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._last_turn = torch.cuda.Event()
         # Where graphs are recorded; made when needed. A workspace of cuBLAS belongs to a stream.
         # Made while something is recorded it lies in the pool, where nobody else gets its memory.
@@ -108,7 +108,7 @@ class CudaRecorder:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        with self._lock, torch.cuda.device(self._device):
+        with self._turn, torch.cuda.device(self._device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._last_turn)
             try:
@@ -129,7 +129,8 @@ class CudaRecorder:
             return _CudaRecording(graph, output, reads, torch.cuda.current_stream())
 
     def _capture_with_room(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        with self._lock, _recording, _without_collector():
+        # Not in a turn: others may go on replaying, as nothing runs here.
+        with _recording, _without_collector():
             with suppress(torch.OutOfMemoryError):
                 return self._capture(run)
             # While something is recorded, PyTorch can't give unused memory back to make room.
@@ -144,7 +145,6 @@ class CudaRecorder:
         try:
             # Not by `torch.cuda.graph`: it waits for the device, which breaks what other threads
             # record, and leaves this thread on the stream when a recording fails to begin or end.
-            # Nothing runs here, so there is nothing to wait for.
             with torch.cuda.stream(self._stream):
                 # Other threads may go on with work of theirs, unless they wait for the device.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
