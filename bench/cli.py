@@ -196,6 +196,30 @@ def cost(
 
 
 @app.command()
+def sweep(
+    check: Annotated[
+        bool, typer.Option("--check", help="Small inputs, not timed, for a sanitizer.")
+    ] = False,
+    backend: Annotated[
+        str | None, typer.Option(help="One backend.", show_default="all that are here")
+    ] = None,
+    fake: Fake = False,
+) -> None:
+    """Our kernels over many shapes, without peers: errors and times in under a minute."""
+    if fake:
+        prepare_interpreter()
+    from bench.machine import find_machine
+    from bench.sweep import sweep as sweep_all
+
+    machine = find_machine(fake=fake)
+    if not (machine.is_gpu or fake):
+        raise typer.BadParameter("there is no GPU here")
+    backends = (backend,) if backend else machine.backends
+    if not sweep_all(machine, backends, check=check):
+        raise typer.Exit(1)
+
+
+@app.command()
 def parity(
     quick: Quick = False,
     docs: Annotated[Path | None, typer.Option(help="Folder to write to.", show_default="docs")] = (

@@ -41,6 +41,8 @@ WIDTHS = {
     "minilm": Width("minilm", 12, 32, 1536),
     "base": Width("base", 12, 64, 3072),
     "large": Width("large", 16, 64, 4096),
+    # the base width cut into the largest heads
+    "wide": Width("wide", 6, 128, 3072),
     "tiny": Width("tiny", 2, 16, 64),
 }
 

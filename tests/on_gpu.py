@@ -123,7 +123,12 @@ def main() -> int:
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(TESTS.parent)}
     worst = 0
     for command in commands:
-        status = subprocess.run(command, env=environment, check=False).returncode
+        process = subprocess.Popen(command, env=environment)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it was told too, and sums up
+            return 130
         # 5: none was selected
         worst = max(worst, 0 if status == 5 else status)
     return worst

@@ -314,6 +314,20 @@ def test_every_file_of_the_cpu_backend_is_behind_an_op() -> None:
     assert len(files) > 1 and behind == files
 
 
+def test_sweep_in_miniature(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = run("sweep", "--fake")
+    for op in ("attention", "add_layer_norm"):
+        assert re.search(rf"^{op} tiny half 3x17 fp32 triton: ok, error .* us, ", output, re.M)
+    op = bench.ops.OPS["add_layer_norm"]
+    wrong = replace(op, eager=lambda inputs: 2 * op.eager(inputs))
+    monkeypatch.setitem(bench.ops.OPS, "add_layer_norm", wrong)
+    result = CliRunner().invoke(app, ["sweep", "--fake", "--check"])
+    assert result.exit_code == 1 and "add_layer_norm tiny half 3x17 fp32 triton: wrong" in (
+        result.output
+    )
+    assert " us, " not in result.output
+
+
 def test_tuning_in_miniature(tmp_path: Path) -> None:
     output = run("tune", "--fake", "--out", str(tmp_path))
     for kernel in ("add_layer_norm", "embed_layer_norm"):

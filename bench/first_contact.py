@@ -1,0 +1,203 @@
+"""The first quarter of an hour on a GPU as one command: ``make first-contact OUT=folder``.
+
+Builds, tests, sweeps, sanitizes and measures, in the order that tells most first. Each step has a
+limit, and a step that fails or is stopped does not keep the next from running. All that it writes
+goes into one folder, as it comes, so that it may be cut at any moment: ``log.txt`` has a line when
+a step starts and one when it ends, with its status, seconds and last line; a step's output is in
+the file that the log names; ``bench`` leaves its record there too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Seconds that a step has to end by itself when its time is up: pytest sums up, bench says where.
+_GRACE = 4
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with a limit.
+
+    Attributes:
+        predicted: seconds on 16 cores with an H100, computed and not measured.
+        file: where its output goes, without the suffix; steps may share one.
+        beside: it starts and the next step does not wait for it.
+        alone: it starts when nothing runs beside it any more.
+    """
+
+    name: str
+    limit: int
+    predicted: int
+    command: Sequence[str]
+    file: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    beside: bool = False
+    alone: bool = False
+
+
+def steps(out: Path) -> tuple[Step, ...]:
+    """All of them. Those that run one after another take 450 seconds at the most."""
+    python = sys.executable
+    bench = [python, "-m", "bench"]
+    tests = [python, "tests/on_gpu.py"]
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    # An address beyond a tensor's own block is seen only where PyTorch keeps no larger ones.
+    no_cache = {**one_thread, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def sanitizer(tool: str) -> Step:
+        command = [*_sanitizer(tool), *bench, "sweep", "--check", "--backend", "cuda"]
+        return Step(tool, 100, 60, command, tool, no_cache, beside=True)
+
+    return (
+        Step("build", 50, 20, [python, "setup.py", "-q", "build_ext", "--inplace"], "build"),
+        Step("info", 15, 8, [python, "-m", "encoder_fast.cli", "info"], "build"),
+        Step("kernels", 90, 75, [*tests, "kernels", "-v"], "tests", one_thread),
+        Step("sweep", 45, 40, [*bench, "sweep"], "figures"),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
+        Step("models", 75, 55, [*tests, "models", "-v"], "tests", one_thread),
+        Step("graphs", 35, 25, [*tests, "graphs", "-v"], "tests", one_thread),
+        Step(
+            "bench", 140, 130, [*bench, "all", "--quick", "--out", str(out)], "figures", alone=True
+        ),
+    )
+
+
+def _sanitizer(tool: str) -> list[str]:
+    """compute-sanitizer over our kernels alone: PyTorch's would take all of the time."""
+    program = "compute-sanitizer"
+    told = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "50"]
+    if shutil.which(program) is None:
+        return told
+    options = subprocess.run([program, "--help"], capture_output=True, text=True, check=False)
+    for name in ("--kernel-regex", "--kernel-name"):
+        if name in options.stdout:
+            return [*told, name, "kns=encoder_fast"]
+    return told
+
+
+class Run:
+    """Runs steps and keeps the log."""
+
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._out = out
+        self._start = time.monotonic()
+        self._beside: list[_Running] = []
+        self.failed: list[str] = []
+
+    def all(self, todo: Sequence[Step]) -> None:
+        for step in todo:
+            if step.alone:
+                self._wait_for_those_beside()
+            running = _Running(step, self._out)
+            self._say(f"{step.name}: started, at most {step.limit} s, into {step.file}.txt")
+            if step.beside:
+                self._beside.append(running)
+            else:
+                self._end(running)
+        self._wait_for_those_beside()
+
+    def _wait_for_those_beside(self) -> None:
+        while self._beside:
+            self._end(self._beside.pop(0))
+
+    def _end(self, running: _Running) -> None:
+        status, seconds, last = running.wait()
+        if status != 0:
+            self.failed.append(running.step.name)
+        self._say(f"{running.step.name}: rc {status}, {seconds:.0f} s, {last[:150]}")
+
+    def _say(self, text: str) -> None:
+        line = f"[{time.monotonic() - self._start:4.0f} s] {text}"
+        print(line, flush=True)
+        with (self._out / "log.txt").open("a") as log:
+            log.write(line + "\n")
+
+
+class _Running:
+    """A step's process, with its own group: workers end with it."""
+
+    def __init__(self, step: Step, out: Path) -> None:
+        self.step = step
+        self._start = time.monotonic()
+        self._path = out / f"{step.file}.txt"
+        self._file = self._path.open("ab")
+        self._file.write(f"\n===== {step.name}\n".encode())
+        self._file.flush()
+        self._begin = self._path.stat().st_size
+        try:
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env={**os.environ, **_ENVIRONMENT, **step.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=self._file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._process = None
+            self._file.write(f"{error}\n".encode())
+
+    def wait(self) -> tuple[int, float, str]:
+        """Status, seconds and last line; 124 when its time was up."""
+        status = 127
+        if self._process is not None:
+            left = self.step.limit - (time.monotonic() - self._start)
+            try:
+                status = self._process.wait(max(0, left))
+            except subprocess.TimeoutExpired:
+                status = 124
+                self._stop(self._process)
+        self._file.close()
+        with self._path.open("rb") as file:
+            file.seek(self._begin)
+            lines = file.read().decode(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        return status, time.monotonic() - self._start, last.strip()
+
+    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(_GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+_ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "PYTHONUNBUFFERED": "1",
+    "HF_HUB_OFFLINE": "1",
+    "ENCODER_FAST_BUILD_CPU": "0",
+    "ENCODER_FAST_BUILD_CUDA": os.environ.get("ENCODER_FAST_BUILD_CUDA", "1"),
+    "ENCODER_FAST_CUDA_ARCHS": os.environ.get("ENCODER_FAST_CUDA_ARCHS", "native"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, help="folder for all that is written")
+    out = parser.parse_args().out.resolve()
+    run = Run(out)
+    run.all(steps(out))
+    print(f"not right: {', '.join(run.failed)}" if run.failed else "all steps ended well")
+    return 1 if run.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
