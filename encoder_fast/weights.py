@@ -1,32 +1,31 @@
 """The weights of a model's linears in the form a backend wants, kept true to the model.
 
-Q, K and V become one GEMM, and on the CPU every weight is reordered for oneDNN. Both are copies, so
-each forward first asks whether they still tell the truth, whatever happened to the model since:
-``load_state_dict``, ``.to()``, ``.half()``, an edit in place, a new ``Parameter``.
+Q, K and V become one GEMM, DeBERTa's tables of positions are projected, and on the CPU every weight
+is reordered for oneDNN. What is derived stands in buffers of its own, so each forward first asks
+whether it still tells the truth, whatever happened to the model since: ``load_state_dict``,
+``.to()``, ``.half()``, an edit in place, a new ``Parameter``. One rule holds on every backend:
 
-*On the backend* ``cpu`` the copies stand as long as their sources are the same tensors at the same
-version and show the same bytes. The version counter sees every edit that autograd sees; an edit
-through ``.data`` or a NumPy alias it does not see, so the bytes are looked at: a sample of each
-tensor in every call, which catches an edit of a whole tensor, and all of them each time that
-another ``FULL_LOOK_TOKENS`` tokens have run, so that no change stays unseen for longer.
+- Another tensor in a weight's place, or one that lies elsewhere or is read another way: everything
+  is prepared anew.
+- The same tensor, and PyTorch's version counter has moved: what derives from it is derived again.
+- An edit that the counter does not see, through ``.data`` or a NumPy array, is found late, once so
+  many more tokens have run. On the backend ``cpu`` the bytes tell: all of them are looked at each
+  time that another ``FULL_LOOK_TOKENS`` have run, and a sample of each tensor in every call.
+  Elsewhere a look would wait for the GPU, so what is derived is simply written again each time that
+  another ``REWRITE_TOKENS`` have run. A tensor without a counter (made under ``inference_mode``) is
+  always in doubt.
 
-*Elsewhere*, where a look would mean to wait for the GPU, the stacked Q, K and V weights are written
-anew in every forward: one or two launches that move 6·N² elements a layer, by computation 30 µs in
-BERT-base on an H100. The other linears use the live tensors. All this is laid out once and stands
-as long as the sources lie in the same places: to lay it out in every forward took the host about as
-long as to launch half of BERT-base.
-
-DeBERTa's tables of projected positions are derived from weights alone too, as are v1's biases and
-the weights of v2's convolution. The backend ``cpu`` keeps them by the same rule. Elsewhere no rule
-tells a changed weight without a wait, so they are derived anew in every forward, the tables of all
-layers in one GEMM: in DeBERTa-base 14 GFLOP, and 4·N² elements a layer moved to lie side by side,
-by computation 40 µs, against 170 µs for a small GEMM a layer and table.
+Elsewhere than on the CPU all other linears use the live tensors, and buffers are written again in
+place: a CUDA graph that reads them stays right. A stream that did not write them waits for the one
+that did (:mod:`encoder_fast.streams`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import is_
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,11 +36,19 @@ from encoder_fast.fingerprints import Samples, checksum_of_all
 from encoder_fast.ops import linear
 from encoder_fast.ops.linear import PreparedFeedForward, PreparedLinear
 from encoder_fast.position_tables import project_positions
-from encoder_fast.spec import DisentangledAttention, EncoderSpec, LayerSpec
+from encoder_fast.spec import DisentangledAttention, EncoderSpec, LayerSpec, epsilon
+from encoder_fast.streams import StreamOrder
+
+_BOTH = ("weight", "bias")
 
 # A look at all of MiniLM's bytes takes as long as 30 of its tokens: 3% of the time for every 1,024,
 # 12% for every 256.
 FULL_LOOK_TOKENS = 1024
+
+# To write a layer's stack of N x N weights anew moves 12 N² bytes in half precision, 4 N² ps at 3
+# TB/s; a token's GEMMs are 24 N² operations, 0.05 N² ps at 500 TFLOP/s. So this is 1% of the GPU's
+# time by computation, whatever the width. DeBERTa's tables make it 2%.
+REWRITE_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +73,26 @@ class EncoderWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class _Look:
+    """A model's weights as they were found: the tensors, where each lies and in what form, and how
+    often autograd saw those change that something derives from. Tables are normalised first, by
+    an epsilon of their own."""
+
+    tensors: list[Tensor | None]
+    places: list[tuple | None]
+    versions: list[int | None]
+    table_epsilon: float | None
+
+    def finds_same_tensors(self, other: _Look) -> bool:
+        """Whether everything is what and where it was, whatever it holds."""
+        return (
+            all(map(is_, self.tensors, other.tensors))
+            and self.places == other.places
+            and self.table_epsilon == other.table_epsilon
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Copied:
     """All layers' weights as copies, and what they were made from.
 
@@ -73,24 +100,31 @@ class _Copied:
     come to lie at an old address.
     """
 
-    identity: list[tuple | None]
+    look: _Look
     samples: Samples
     checksum: int
     weights: EncoderWeights
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Live:
-    """All layers' weights as views of the sources, and the parts of stacks to rewrite from them.
+    """All layers' weights as views of the sources, and the buffers to write again from them.
 
-    ``sources`` keep the memory alive, as :class:`_Copied` has it.
+    Attributes:
+        memory: views of all weights, which keep it alive, as :class:`_Copied` has it. A CUDA graph
+            may be launched before anybody has looked whether the weights are still there.
+        stacked, stacked_from: the parts of the stacks of Q, K and V, and what they repeat.
+        derived: the buffers for what is more than a copy.
+        order: of the buffers on a GPU, if there are any.
     """
 
-    places: tuple
-    sources: list[Tensor]
+    look: _Look
+    memory: list[Tensor]
     stacked: list[Tensor]
     stacked_from: list[Tensor]
+    derived: list[Tensor]
     weights: EncoderWeights
+    order: StreamOrder | None
 
 
 class WeightCache:
@@ -104,34 +138,45 @@ class WeightCache:
         self._distinct = list({id(layer): layer for layer in spec.layers}.values())
         self._positions = spec.positions
         self._convolution = spec.convolution
-        self._sources = [(module, name) for module, names in self._modules() for name in names]
+        derived_from = dict.fromkeys(self._modules_derived_from())
+        prepared = derived_from | dict.fromkeys(self._modules_used_alone())
+        self._prepared = [(module, name) for module, names in prepared for name in names]
+        # Those whose edits count, at the front. Where the others lie is enough to know of them.
+        copied = prepared if backend == "cpu" else derived_from
+        self._counted = sum(len(names) for _, names in copied)
         self._unprepared = spec.tables_and_norms
         # Replaced as a whole: threads that race see one complete state or another.
         self._copied: _Copied | None = None
         self._live: _Live | None = None
-        self._tokens_since_full_look = 0
+        self._tokens = 0
+        self._lock = Lock()
 
-    def _modules(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
-        """What copies are made from: modules, and the names of their parameters."""
-        both = ("weight", "bias")
+    def _modules_used_alone(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+        """The linears that a backend may use as they lie, and the names of their parameters."""
         for layer in self._distinct:
             for module in (*layer.projections, layer.attention_out, layer.ffn_in, layer.ffn_out):
-                yield module, both
+                yield module, _BOTH
+        if self._projection is not None:
+            yield self._projection, _BOTH
+
+    def _modules_derived_from(self) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
+        """What something derives from on every backend."""
+        for layer in self._distinct:
+            if len(layer.projections) > 1:
+                yield from ((module, _BOTH) for module in layer.projections)
             attention = layer.attention
             if isinstance(attention, DisentangledAttention):
                 for projection in (attention.pos_key, attention.pos_query):
-                    if projection is not None and projection not in layer.projections:
-                        yield projection, both
+                    if projection is not None:
+                        yield projection, _BOTH
                 if attention.by_head:
                     yield attention.module, ("q_bias", "v_bias")
-        if self._projection is not None:
-            yield self._projection, both
         if self._convolution is not None:
-            yield self._convolution.conv, both
+            yield self._convolution.conv, _BOTH
         if self._positions is not None:
             yield self._positions.table, ("weight",)
             if self._positions.norm is not None:
-                yield self._positions.norm, both
+                yield self._positions.norm, _BOTH
 
     def current(self, like: Tensor, tokens: int) -> EncoderWeights:
         """The weights as the model has them now.
@@ -143,93 +188,126 @@ class WeightCache:
         Raises:
             NotFastError: a parameter is of another dtype or device, or is no plain tensor.
         """
-        if self._backend != "cpu":
-            return self.rewritten(like)
-        with torch.inference_mode(False), torch.no_grad():
-            return self._verified(like, tokens)
-
-    def rewritten(self, like: Tensor) -> EncoderWeights:
-        """The weights as :meth:`current` has them on every backend but ``cpu``: derived anew, by
-        work of the device alone, which a CUDA graph can repeat.
-
-        Raises:
-            NotFastError: as :meth:`current` does.
-        """
-        self._check_unprepared(like)
-        parameters = self._parameters()
         # Buffers made under inference_mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
-            return self._rewritten(parameters, like)
+            if self._backend == "cpu":
+                return self._verified(like, tokens)
+            if _is_capturing(like):
+                # Somebody records a CUDA graph of their own. It is to derive everything anew each
+                # time that it runs, in memory of its own: nobody looks at the weights then.
+                _check_all(self._look().tensors, like)
+                return self._prepare()
+            with self._lock:
+                return self._rewritten(like, tokens)
 
-    @property
-    def buffers(self) -> object:
-        """What :meth:`rewritten` writes, to be held by whoever has recorded it."""
-        return self._live
+    def may_run_ahead(self, weights: EncoderWeights, tokens: int) -> bool:
+        """Whether a batch may be launched with ``weights`` before :meth:`still_holds` has looked.
 
-    def places(self) -> list[tuple | None]:
-        """Where every weight lies and in what form: a recording of :meth:`rewritten` is right for
-        as long as this comes out equal.
+        True means that :meth:`current` gave them last, that their memory is still there, and that
+        nothing is due to be written again.
+        """
+        with self._lock:
+            live = self._live
+            due = self._tokens + tokens >= REWRITE_TOKENS
+            if live is None or live.weights is not weights or due:
+                return False
+            self._tokens += tokens
+            if live.order is not None:
+                live.order.before_reading()
+            return True
+
+    def still_holds(self, weights: EncoderWeights) -> bool:
+        """Whether :meth:`current` would give ``weights`` again, with nothing to be written.
 
         Raises:
             NotFastError: a weight is no parameter.
         """
-        return list(map(place, [*self._unprepared_parameters(), *self._parameters()]))
+        live, look = self._live, self._look()
+        return (
+            live is not None
+            and live.weights is weights
+            and look.finds_same_tensors(live.look)
+            and _are_unchanged(look.versions, live.look.versions)
+        )
 
-    def _parameters(self) -> list[Tensor | None]:
-        """What copies are made from."""
-        return [_parameter(module, name) for module, name in self._sources]
-
-    def _unprepared_parameters(self) -> list[Tensor | None]:
-        """What is used as it lies."""
-        return [p for module in self._unprepared for p in module._parameters.values()]
-
-    def _check_unprepared(self, like: Tensor) -> None:
-        for parameter in self._unprepared_parameters():
-            if parameter is not None:
-                _check_plain(parameter, like)
+    def _look(self) -> _Look:
+        tensors = [_parameter(module, name) for module, name in self._prepared]
+        for module in self._unprepared:
+            tensors += module._parameters.values()
+        versions = [_version(tensor) for tensor in tensors[: self._counted]]
+        norm = None if self._positions is None else self._positions.norm
+        eps = None if norm is None else epsilon(norm)
+        return _Look(tensors, [place(tensor) for tensor in tensors], versions, eps)
 
     def _verified(self, like: Tensor, tokens: int) -> EncoderWeights:
-        parameters = self._parameters()
-        # An edit of what is used as it lies needs no new copies.
-        identity = [*map(_identity, parameters), *map(place, self._unprepared_parameters())]
-        sources = [parameter for parameter in parameters if parameter is not None]
-        known = self._copied
-        self._tokens_since_full_look += tokens
-        full_look = self._tokens_since_full_look >= FULL_LOOK_TOKENS
+        known, look = self._copied, self._look()
+        self._tokens += tokens
+        full_look = self._tokens >= FULL_LOOK_TOKENS
         if full_look:
-            self._tokens_since_full_look = 0
+            self._tokens = 0
+        sources = [tensor for tensor in look.tensors[: len(self._prepared)] if tensor is not None]
         if (
             known is not None
-            and known.identity == identity
+            and look.finds_same_tensors(known.look)
+            and look.versions == known.look.versions
             and known.samples.are_unchanged()
             and (not full_look or known.checksum == checksum_of_all(sources))
         ):
             return known.weights
-        self._check_unprepared(like)
-        for source in sources:
-            _check_plain(source, like)
+        _check_all(look.tensors, like)
         # The looks come first: an edit by another thread while the copies are made is then noticed
         # at the next call.
         samples, checksum = Samples(sources), checksum_of_all(sources)
         weights = self._prepare()
-        self._copied = _Copied(identity, samples, checksum, weights)
+        self._copied = _Copied(look, samples, checksum, weights)
         return weights
 
-    def _rewritten(self, parameters: list[Tensor | None], like: Tensor) -> EncoderWeights:
-        places = tuple(map(place, parameters))
-        known = self._live
-        if known is None or known.places != places:
-            sources = [parameter for parameter in parameters if parameter is not None]
-            for source in sources:
-                _check_plain(source, like)
-            weights = self._prepare()
-            self._live = _Live(
-                places, [source.detach() for source in sources], *self._stacked(weights), weights
-            )
-            return weights
-        if known.stacked:
-            torch._foreach_copy_(known.stacked, known.stacked_from)
-        return self._with_derived(known.weights)
+    def _rewritten(self, like: Tensor, tokens: int) -> EncoderWeights:
+        live, look = self._live, self._look()
+        self._tokens += tokens
+        if live is None or not look.finds_same_tensors(live.look):
+            _check_all(look.tensors, like)
+            self._live = live = self._prepare_live(look)
+            self._tokens = 0
+        elif (
+            not _are_unchanged(look.versions, live.look.versions) or self._tokens >= REWRITE_TOKENS
+        ):
+            self._write(live)
+            live.look = look
+            self._tokens = 0
+        elif live.order is not None:
+            live.order.before_reading()
+        return live.weights
+
+    def _prepare_live(self, look: _Look) -> _Live:
+        weights = self._prepare()
+        stacked, stacked_from = self._stacked(weights)
+        derived = self._derived(weights)
+        buffers = [*stacked, *derived]
+        on_gpu = bool(buffers) and buffers[0].device.type == "cuda"
+        return _Live(
+            look,
+            [tensor.detach() for tensor in look.tensors if tensor is not None],
+            stacked,
+            stacked_from,
+            derived,
+            weights,
+            StreamOrder(buffers) if on_gpu else None,
+        )
+
+    def _write(self, live: _Live) -> None:
+        """Derive everything again, in place."""
+
+        def launch() -> None:
+            if live.stacked:
+                torch._foreach_copy_(live.stacked, live.stacked_from)
+            if live.derived:
+                torch._foreach_copy_(live.derived, self._derive())
+
+        if live.order is None:
+            launch()
+        else:
+            live.order.write(launch)
 
     def _stacked(self, weights: EncoderWeights) -> tuple[list[Tensor], list[Tensor]]:
         """The parts of the stacks of Q, K and V, and the weights and biases that they repeat."""
@@ -251,22 +329,30 @@ class WeightCache:
                         sources.append(module.bias.detach())
         return parts, sources
 
-    def _with_derived(self, weights: EncoderWeights) -> EncoderWeights:
-        """``weights`` with everything computed anew that is more than a copy."""
-        derives_bias = any(_has_bias_by_head(layer) for layer in self._distinct)
-        if self._positions is None and self._convolution is None and not derives_bias:
-            return weights
+    def _derived(self, weights: EncoderWeights) -> list[Tensor]:
+        """The buffers of ``weights`` for what is more than a copy, in the order of
+        :meth:`_derive`."""
+        prepared = dict(zip(map(id, self._layers), weights.layers, strict=True))
+        found: list[Tensor | None] = []
+        for layer in self._distinct:
+            its = prepared[id(layer)]
+            bias = its.qkv.bias if _has_bias_by_head(layer) else None
+            found += (its.pos_key, its.pos_query, bias)
+        if weights.convolution is not None:
+            found.append(weights.convolution.weight)
+        return [buffer for buffer in found if buffer is not None]
+
+    def _derive(self) -> list[Tensor]:
+        """DeBERTa's tables of positions, v1's biases by head and v2's convolution, as the weights
+        are now."""
+        found: list[Tensor | None] = []
         tables = project_positions(self._positions, self._distinct, self._backend)
-        renewed = {
-            id(layer): (_qkv_bias(layer), *layer_tables)
-            for layer, layer_tables in zip(self._distinct, tables, strict=True)
-        }
-        layers = []
-        for layer, prepared in zip(self._layers, weights.layers, strict=True):
-            bias, pos_key, pos_query = renewed[id(layer)]
-            qkv = prepared.qkv if bias is None else replace(prepared.qkv, bias=bias)
-            layers.append(replace(prepared, qkv=qkv, pos_key=pos_key, pos_query=pos_query))
-        return EncoderWeights(weights.projection, self._prepare_convolution(), layers)
+        for layer, pair in zip(self._distinct, tables, strict=True):
+            found += (*pair, _qkv_bias(layer))
+        convolution = self._prepare_convolution()
+        if convolution is not None:
+            found.append(convolution.weight)
+        return [tensor for tensor in found if tensor is not None]
 
     def _prepare(self) -> EncoderWeights:
         """Prepare everything from the model as it is."""
@@ -348,11 +434,25 @@ def place(tensor: Tensor | None) -> tuple | None:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, type(tensor)
 
 
-def _identity(tensor: Tensor | None) -> tuple | None:
-    """The same, and how often autograd saw it change."""
+def _version(tensor: Tensor | None) -> int | None:
+    """How often autograd saw a tensor change; ``None`` where nobody counts."""
     if tensor is None:
-        return None
-    return place(tensor), 0 if tensor.is_inference() else tensor._version
+        return 0
+    return None if tensor.is_inference() else tensor._version
+
+
+def _are_unchanged(now: list[int | None], before: list[int | None]) -> bool:
+    return now == before and None not in now
+
+
+def _is_capturing(like: Tensor) -> bool:
+    return like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _check_all(tensors: list[Tensor | None], like: Tensor) -> None:
+    for tensor in tensors:
+        if tensor is not None:
+            _check_plain(tensor, like)
 
 
 def _check_plain(tensor: Tensor, like: Tensor) -> None:

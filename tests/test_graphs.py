@@ -6,6 +6,7 @@ Without a GPU the recorder of ``frozen_recorder.py`` stands in for the real one.
 import copy
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import frozen_recorder
 import pytest
@@ -15,6 +16,7 @@ import zoo
 from berts import DEVICE, minilm_path, tiny
 from graph_calls import FIRST, LENGTHS, call_of, expect_parity, graphs_of
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import encoder_fast
 from encoder_fast import TextEncoder
@@ -161,7 +163,8 @@ def test_modes_may_change(backend: str) -> None:
 
 
 def edit_in_place(layer: nn.Module) -> None:
-    layer.attention.self.query.weight.data.mul_(1.5)
+    with torch.no_grad():
+        layer.attention.self.query.weight.mul_(1.5)
     layer.output.dense.weight.data.mul_(1.5)
 
 
@@ -224,6 +227,41 @@ def test_changed_models(edit: Callable[[nn.Module], None], recorded: int, backen
     with torch.inference_mode():
         assert (model(**call)[0] - before).abs().max() > 1e-3
     assert graphs_of(model)[0] == recorded
+
+
+def test_a_larger_vocabulary(backend: str) -> None:
+    """A graph of the smaller table must not even be launched with the new ids."""
+    model = zoo.build("bert")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+    word = model.embeddings.word_embeddings
+    word.weight = nn.Parameter(torch.cat([word.weight.detach(), word.weight.detach() + 1]))
+    plain = encoder_fast.unpatch(copy.deepcopy(model))
+    call["input_ids"] = call["input_ids"] + zoo.VOCAB * call["attention_mask"]
+    for _ in range(2):
+        expect_parity(model, plain, call)
+    assert graphs_of(model)[:2] == (2, 2)
+
+
+def test_replays_write_no_stacks(backend: str) -> None:
+    model = zoo.build("deberta_v2")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+        with NoCopies():
+            model(**call)
+    assert graphs_of(model)[:2] == (1, 2)
+
+
+class NoCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("_foreach_copy_", "baddbmm")
+        return func(*args, **kwargs or {})
 
 
 def test_the_limit_goes_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 A graph covers the embeddings and the layers, from packed ids to the packed last hidden state. It
 reads static buffers, into which each batch is copied, with what fills up the bucket behind it; the
 real rows of its output are copied out. What derives from weights alone (the stacked Q, K and V,
-DeBERTa's tables) is recorded too, so that a replay computes it from the weights as they are.
+DeBERTa's tables) it reads where that lies.
+
+Whether a graph is still right is looked at after it was launched, while the GPU is at work: to look
+at each weight takes the host long. A result that turns out to be of another model is dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from encoder_fast.graphs.premises import Premises
 from encoder_fast.graphs.recorder import Recorder, Recording, RecordingFailedError
 from encoder_fast.packing import PackedBatch
 from encoder_fast.spec import EncoderSpec
-from encoder_fast.weights import WeightCache
+from encoder_fast.weights import EncoderWeights, WeightCache
 
 MOST_GRAPHS = 64
 """Beyond these the one that was not used for the longest time goes."""
@@ -68,9 +71,9 @@ class GraphCache:
         self._weights = weights
         self._recorder = recorder
         self._counts = counts
-        self._premises = Premises(spec, weights)
+        self._premises = Premises(spec)
         self._parameters = linear_parameters(spec)
-        self._held: tuple | None = None
+        self._held: _Held | None = None
         self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()
         self._seen: OrderedDict[_Key, None] = OrderedDict()
         # Sizes that could not be recorded and why. To try again would take longer each time than
@@ -90,19 +93,24 @@ class GraphCache:
         Raises:
             NotFastError: the weights are such that the engine can't run at all.
         """
-        reason = self._why_not(inputs, every_state)
+        reason, result = self._why_not(inputs, every_state), None
         if reason is None:
             batch = inputs.batch
             has_types = inputs.token_type_ids is not None
             key = _Key(Bucket.of(batch), has_types, first_token_alone)
             with self._lock:
-                self._drop_if_outdated()
-                found = self._graph_of(key, inputs)
-                if isinstance(found, _Graph):
-                    result = self._replay(found, inputs, first_token_alone)
-                    self._counts.count_replayed()
-                    return result
-            reason = found
+                result = self._replay_ahead(key, inputs)
+                if result is None:
+                    held = self._drop_if_outdated(batch.total)
+                    found = self._graph_of(key, inputs, held)
+                    if isinstance(found, str):
+                        reason = found
+                    else:
+                        result = self._replay(key, found, inputs)
+        if result is not None:
+            self._counts.count_replayed()
+            return result
+        assert reason is not None
         self._counts.count_without(reason)
         return None
 
@@ -118,18 +126,30 @@ class GraphCache:
             return "a mask with holes, and attention that goes by distance"
         if batch.total == 0:
             return "a batch without a token"
-        limit = most_tokens(self._parameters, self._spec.embeddings.word.weight.dtype)
+        limit = most_tokens(self._parameters, self._like.dtype)
         if batch.total > limit:
             return f"more than {limit} tokens, with which the GPU is the slower one"
         return self._recorder.why_not_now()
 
-    def _drop_if_outdated(self) -> None:
-        now = self._premises.now()
-        if now != self._held:
+    def _drop_if_outdated(self, tokens: int) -> _Held:
+        weights = self._weights.current(self._like, tokens)
+        now = _Held(weights, self._premises.now(), self._rows_of_tables())
+        held = self._held
+        if held is None or held.weights is not weights or held.premises != now.premises:
             self._graphs.clear()
             self._seen.clear()
             self._failed.clear()
-            self._held = now
+            self._held = held = now
+        return held
+
+    @property
+    def _like(self) -> Tensor:
+        return self._spec.embeddings.word.weight
+
+    def _rows_of_tables(self) -> list[int]:
+        embeddings = self._spec.embeddings
+        tables = (embeddings.word, embeddings.position, embeddings.token_type)
+        return [table.weight.shape[0] for table in tables if table is not None]
 
     def _came_before(self, key: _Key) -> bool:
         """Recording takes as long as some forwards: what comes once is not worth it."""
@@ -141,7 +161,27 @@ class GraphCache:
             self._seen.popitem(last=False)
         return False
 
-    def _graph_of(self, key: _Key, inputs: PackedInputs) -> _Graph | str:
+    def _replay_ahead(self, key: _Key, inputs: PackedInputs) -> Tensor | None:
+        """What the graph of a size gives, or ``None`` where there is none that is right.
+
+        The weights that a graph reads keep their memory until somebody has looked at them, and its
+        ids lie within its tables, so that one of another model does no harm.
+        """
+        graph, held = self._graphs.get(key), self._held
+        if (
+            graph is None
+            or held is None
+            or held.rows_of_tables != self._rows_of_tables()
+            or not self._weights.may_run_ahead(held.weights, inputs.batch.total)
+        ):
+            return None
+        self._graphs.move_to_end(key)
+        result = self._replay(key, graph, inputs)
+        if held.premises == self._premises.now() and self._weights.still_holds(held.weights):
+            return result
+        return None
+
+    def _graph_of(self, key: _Key, inputs: PackedInputs, held: _Held) -> _Graph | str:
         """The graph of a size, recorded now if this is its second batch, or why there is none."""
         graph = self._graphs.get(key)
         if graph is not None:
@@ -154,7 +194,7 @@ class GraphCache:
         try:
             # What inference mode makes could not be written outside it later.
             with torch.inference_mode(False), torch.no_grad():
-                graph = self._graphs[key] = self._record(key, inputs)
+                graph = self._graphs[key] = self._record(key, inputs, held)
         except RecordingFailedError as error:
             reason = self._failed[key] = f"recording failed: {error}"
             return reason
@@ -162,26 +202,21 @@ class GraphCache:
             self._graphs.popitem(last=False)
         return graph
 
-    def _replay(self, graph: _Graph, inputs: PackedInputs, first_token_alone: bool) -> Tensor:
+    def _replay(self, key: _Key, graph: _Graph, inputs: PackedInputs) -> Tensor:
         batch, recording = inputs.batch, graph.recording
         with self._recorder.turn():
             graph.static.fill(inputs)
             recording.replay()
-            rows = batch.batch_size if first_token_alone else batch.total
+            rows = batch.batch_size if key.first_token_alone else batch.total
             # In the caller's mode, so that the result is what it would be without us.
             return recording.output[:rows].clone()
 
-    def _record(self, key: _Key, inputs: PackedInputs) -> _Graph:
-        spec, backend = self._spec, self._backend
-        like = spec.embeddings.word.weight
-        # Weights that can't run are found out here, and where no buffers fit them those are made,
-        # in memory that is not the recorder's.
-        self._weights.rewritten(like)
-        static = _StaticInputs(key.bucket, key.has_types, like.device)
+    def _record(self, key: _Key, inputs: PackedInputs, held: _Held) -> _Graph:
+        spec, backend, weights = self._spec, self._backend, held.weights
+        static = _StaticInputs(key.bucket, key.has_types, self._like.device)
         static.fill(inputs)
 
         def forward() -> Tensor:
-            weights = self._weights.rewritten(like)
             hidden = engine.embed(
                 spec.embeddings,
                 weights.projection,
@@ -204,7 +239,16 @@ class GraphCache:
 
         recording = self._recorder.record(forward, static.tensors)
         self._counts.count_recorded()
-        return _Graph(static, recording, self._weights.buffers)
+        return _Graph(static, recording, self._premises.buffers())
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What the graphs are right for: these very weights, and equal premises."""
+
+    weights: EncoderWeights
+    premises: tuple
+    rows_of_tables: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,4 +306,4 @@ class _Graph:
 
     static: _StaticInputs
     recording: Recording
-    weight_buffers: object
+    buffers: list[Tensor]

@@ -1,30 +1,30 @@
-"""What a recorded forward takes for granted: everything it reads by address or as a number."""
+"""What a recorded forward takes for granted beside weights: the buffers that it reads by address,
+and the numbers."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families.family import is_library_code
 from encoder_fast.graphs.bucket import float32_precision
 from encoder_fast.ops.linear import Activation
 from encoder_fast.spec import EncoderSpec, SoftmaxAttention, epsilon
-from encoder_fast.weights import WeightCache, place
+from encoder_fast.weights import place
 
 
 class Premises:
-    """Those of one encoder. Weights edited in place are none: they are read again by each replay,
-    and the stacked ones are written again."""
+    """Those of one encoder. Its weights are watched by their
+    :class:`~encoder_fast.weights.WeightCache`."""
 
-    def __init__(self, spec: EncoderSpec, weights: WeightCache) -> None:
+    def __init__(self, spec: EncoderSpec) -> None:
         """
         Raises:
             UnsupportedModelError: an activation may do what can't be seen or recorded.
         """
-        self._weights = weights
         norms = [m for m in spec.tables_and_norms if not isinstance(m, nn.Embedding)]
         if spec.positions is not None and spec.positions.norm is not None:
             norms.append(spec.positions.norm)
@@ -38,16 +38,15 @@ class Premises:
         for activation in activations:
             _check_recordable(activation)
 
-    def now(self) -> tuple:
-        """What holds now; a forward recorded under an equal one is right.
+    def buffers(self) -> list[Tensor]:
+        """The buffers of the model that a forward reads."""
+        return [getattr(rotary.module, rotary.buffer) for rotary in self._rotaries]
 
-        Raises:
-            NotFastError: a weight is no parameter.
-        """
+    def now(self) -> tuple:
+        """What holds now; a forward recorded under an equal one is right."""
         matmul = torch.backends.cuda.matmul
         return (
-            self._weights.places(),
-            [place(getattr(rotary.module, rotary.buffer)) for rotary in self._rotaries],
+            [place(buffer) for buffer in self.buffers()],
             [epsilon(norm) for norm in self._norms],
             [attention.softmax_scale for attention in self._attentions],
             float32_precision(),

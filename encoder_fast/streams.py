@@ -1,0 +1,50 @@
+"""Buffers that one CUDA stream writes and others read, in order, without a wait of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, cuda
+
+
+class StreamOrder:
+    """The order of reads and writes of some buffers on one GPU. Not safe to share between threads.
+
+    Made by whoever has just written the buffers for the first time, on the current stream.
+    """
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self._buffers = buffers
+        self._device = buffers[0].device
+        stream = cuda.current_stream(self._device)
+        # The allocator knows the stream that memory was made on; of all others it has to be told,
+        # or it gives the memory away while they still read it.
+        self._known = {stream}
+        self._written = cuda.Event()
+        self._mark_written(stream)
+
+    def _mark_written(self, stream: cuda.Stream) -> None:
+        self._written.record(stream)
+        self._in_order = {stream}
+        """The streams whose next work comes after the last write."""
+
+    def before_reading(self) -> None:
+        """What is launched next on the current stream may read the buffers."""
+        stream = cuda.current_stream(self._device)
+        if stream in self._in_order:
+            return
+        stream.wait_event(self._written)
+        self._in_order.add(stream)
+        if stream not in self._known:
+            self._known.add(stream)
+            for buffer in self._buffers:
+                buffer.record_stream(stream)
+
+    def write(self, launch: Callable[[], None]) -> None:
+        """Let ``launch`` write the buffers on the current stream, after all reads so far."""
+        self.before_reading()
+        stream = cuda.current_stream(self._device)
+        for reader in self._in_order - {stream}:
+            stream.wait_stream(reader)
+        launch()
+        self._mark_written(stream)

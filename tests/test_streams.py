@@ -1,0 +1,87 @@
+"""Buffers that one CUDA stream writes and others read: who waits for whom. CUDA is faked."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from encoder_fast import streams
+from encoder_fast.streams import StreamOrder
+
+
+class FakeStream:
+    """Its log is the work put in, in order; ``b:2`` is what stream b was given before its third."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.log: list[str] = []
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.log.append(f"wait {event.at}")
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"wait {other.name}:{len(other.log)}")
+
+
+class FakeEvent:
+    at = ""
+
+    def record(self, stream: FakeStream) -> None:
+        self.at = f"{stream.name}:{len(stream.log)}"
+
+
+class FakeBuffer:
+    device = "cuda:0"
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def record_stream(self, stream: FakeStream) -> None:
+        self.told.append(stream.name)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``torch.cuda`` with a settable current stream."""
+    fake = SimpleNamespace(Event=FakeEvent, current=FakeStream("a"))
+    fake.current_stream = lambda device: fake.current
+    monkeypatch.setattr(streams, "cuda", fake)
+    return fake
+
+
+def test_readers_wait_once_and_the_allocator_is_told_once(cuda: Any) -> None:
+    a, b, buffer = cuda.current, FakeStream("b"), FakeBuffer()
+    order = StreamOrder([buffer])
+    order.before_reading()
+    cuda.current = b
+    for _ in range(3):
+        order.before_reading()
+    assert (a.log, b.log, buffer.told) == ([], ["wait a:0"], ["b"])
+
+
+def test_a_write_comes_after_all_reads_and_before_the_next_ones(cuda: Any) -> None:
+    a, b, c, buffer = cuda.current, FakeStream("b"), FakeStream("c"), FakeBuffer()
+    order = StreamOrder([buffer])
+    for stream in (b, a):
+        cuda.current = stream
+        order.before_reading()
+        stream.log.append("read")
+    cuda.current = c
+    order.write(lambda: c.log.append("write"))
+    assert sorted(c.log[:-1]) == ["wait a:0", "wait a:1", "wait b:2"] and c.log[-1] == "write"
+    for stream in (a, b, a):
+        cuda.current = stream
+        order.before_reading()
+    assert a.log == ["read", "wait c:4"] and b.log == ["wait a:0", "read", "wait c:4"]
+    assert buffer.told == ["b", "c"]
+
+
+def test_alone_on_its_stream_nobody_waits(cuda: Any) -> None:
+    a, buffer = cuda.current, FakeBuffer()
+    order = StreamOrder([buffer])
+    order.before_reading()
+    order.write(lambda: a.log.append("write"))
+    order.before_reading()
+    assert a.log == ["write"] and buffer.told == []
