@@ -62,16 +62,16 @@ def steps(out: Path) -> tuple[Step, ...]:
         return Step(tool, 100, 60, command, tool, no_cache, beside=True)
 
     return (
-        Step("build", 50, 20, [python, "setup.py", "-q", "build_ext", "--inplace"], "build"),
-        Step("info", 15, 8, [python, "-m", "encoder_fast.cli", "info"], "build"),
-        Step("kernels", 90, 75, [*tests, "kernels", "-v"], "tests", one_thread),
-        Step("sweep", 45, 40, [*bench, "sweep"], "figures"),
+        Step("build", 45, 20, [python, "setup.py", "-q", "build_ext", "--inplace"], "build"),
+        Step("info", 10, 6, [python, "-m", "encoder_fast.cli", "info"], "build"),
+        Step("kernels", 85, 75, [*tests, "kernels", "-v"], "tests", one_thread),
+        Step("sweep", 40, 35, [*bench, "sweep"], "figures"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
-        Step("models", 75, 55, [*tests, "models", "-v"], "tests", one_thread),
-        Step("graphs", 35, 25, [*tests, "graphs", "-v"], "tests", one_thread),
+        Step("models", 70, 55, [*tests, "models", "-v"], "tests", one_thread),
+        Step("graphs", 30, 25, [*tests, "graphs", "-v"], "tests", one_thread),
         Step(
-            "bench", 140, 130, [*bench, "all", "--quick", "--out", str(out)], "figures", alone=True
+            "bench", 170, 165, [*bench, "all", "--quick", "--out", str(out)], "figures", alone=True
         ),
     )
 

@@ -59,9 +59,9 @@ def contestants(machine: Machine, case: ModelCase) -> Iterator[ModelPeer]:
     if case.exported and not machine.is_gpu and not machine.is_fake:
         yield ModelPeer("ONNX Runtime", _onnx_runtime)
         yield ModelPeer("OpenVINO", _openvino)
-    if case.compiled:
-        yield ModelPeer("torch.compile", _compiled("default"), compiles=True)
-        yield ModelPeer("torch.compile max-autotune", _compiled("max-autotune"), compiles=True)
+    for mode in case.compiled:
+        label = "torch.compile" if mode == "default" else f"torch.compile {mode}"
+        yield ModelPeer(label, _compiled(mode), compiles=True)
 
 
 def _best_attention(case: ModelCase) -> str:

@@ -193,14 +193,14 @@ class ModelCase:
     """One model on one batch in one dtype.
 
     Attributes:
-        compiled: peers that compile take part; it takes them half a minute for each case.
+        compiled: torch.compile's modes that take part; each takes half a minute to compile.
         exported: peers that run an exported graph take part.
     """
 
     size: Size
     workload: Workload
     dtype: torch.dtype
-    compiled: bool = False
+    compiled: tuple[str, ...] = ()
     exported: bool = False
 
     def layers(self, machine: Machine) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,6 +209,86 @@ def test_who_fails_does_not_end_the_run(tmp_path: Path) -> None:
         "fine": ("ok", ""),
     }
     assert not running.broken  # of ours nothing failed
+
+
+def on_a_gpu(tmp_path: Path) -> tuple[Session, list[str], list[Entry]]:
+    """A session as on a GPU, who was built there, and the contestants of a case."""
+    running, built = session(tmp_path), []
+    running.machine = SimpleNamespace(kind="gpu", is_gpu=True)  # type: ignore[assignment]
+
+    def entry(label: str, **facts: Any) -> Entry:
+        def prepare() -> Ready:
+            built.append(label)
+            return Ready([lambda: None], RIGHT)
+
+        return Entry(label, prepare, **facts)
+
+    entries = [
+        entry("ours", sources=("kernels/",)),
+        entry("ours too", sources=("csrc/",)),
+        entry("peer"),
+        entry("compiler", compiles=True),
+    ]
+    return running, built, entries
+
+
+def race_for_nothing(machine: Any, calls: Any, limits: timing.Limits) -> dict[str, timing.Times]:
+    return {label: timing.Times((1.0,)) for label in calls}
+
+
+def test_on_a_gpu_who_compiles_comes_last_beside_ours(tmp_path: Path) -> None:
+    running, built, entries = on_a_gpu(tmp_path)
+    limits = timing.Limits(1, 1, 1)
+    running.hold("kernels", "case", {}, entries, race_for_nothing, limits)
+    assert built == ["ours", "ours too", "peer"]
+    running.compiling = True
+    running.begin("kernels")
+    running.hold("kernels", "case", {}, entries, race_for_nothing, limits)
+    running.hold("kernels", "other", {}, entries[:3], race_for_nothing, limits)
+    assert built[3:] == ["ours", "compiler"]
+    rows = record.read(running.writer.path).rows
+    assert [row.contestant for row in rows] == ["ours", "ours too", "peer", "compiler"]
+    running._deadline = 0
+    running.hold("kernels", "third", {}, entries, race_for_nothing, limits)
+    assert len(built) == 5, "with no time left nobody is built"
+    last = record.read(running.writer.path).rows[-1]
+    assert (last.contestant, last.status) == ("compiler", record.SKIPPED)
+
+
+def test_a_compiler_is_stopped_when_time_is_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, _, (ours, *_) = on_a_gpu(tmp_path)
+    running.compiling = True
+    monkeypatch.setattr("bench.session._COMPILE_SECONDS", {"gpu": 0})
+    running._deadline = time.perf_counter() + 0.2
+
+    def search() -> Ready:
+        time.sleep(30)
+        raise AssertionError("nobody stopped it")
+
+    slow = Entry("slow", search, compiles=True)
+    running.hold("kernels", "case", {}, [ours, slow], race_for_nothing, timing.Limits(1, 1, 1))
+    (row,) = record.read(running.writer.path).rows
+    assert (row.contestant, row.status) == ("slow", record.SKIPPED)
+    assert "still compiling" in row.reason
+
+
+def test_the_gpus_grid_asks_the_biggest_questions_first() -> None:
+    machine: Any = SimpleNamespace(
+        kind="gpu", is_gpu=True, is_fake=False, dtypes=(torch.float16, torch.bfloat16)
+    )
+    first = [case.name for case in kernels.grid(machine, True)][:6]
+    assert first == [
+        "attention base full 32x512 fp16",
+        "attention base full 64x256 fp16",
+        "attention base full 128x128 fp16",
+        "add_layer_norm base full 64x256 fp16",
+        "add_layer_norm minilm full 64x256 fp16",
+        "add_layer_norm large full 64x256 fp16",
+    ]
+    titles = [(c.size.name, c.compiled) for c in models.grid(machine, True)][:2]
+    assert titles == [("BERT-base", ("default",)), ("MiniLM-L6", ("default",))]
 
 
 def test_what_was_measured_survives_an_interrupt(

@@ -50,7 +50,7 @@ _HOW = """\
 
 ```console
 $ make bench        # this machine, under 15 minutes on two CPU cores
-$ make bench-gpu    # an NVIDIA GPU, under 8 minutes
+$ make bench-gpu    # an NVIDIA GPU, under 9 minutes
 $ python -m bench models --filter "BERT-base fp32"
 $ python -m bench compare A.json B.json
 $ python -m bench report

@@ -50,30 +50,59 @@ def grid(machine: Machine, quick: bool) -> Iterator[OpCase]:
     if machine.is_fake:
         for op in OPS:
             yield OpCase(op, WIDTHS["tiny"], Workload("half", 3, 17), torch.float32)
-        return
-    first = machine.dtypes[0]
-    if machine.is_gpu:
-        batches = [Workload("half", 64, 512), Workload("full", 128, 128)]
-        # 16,384 tokens each, or nearly so
-        shapes = ((256, 64), (64, 256), (43, 384), (32, 512), (16, 1024), (8, 2048))
-        more = [Workload("full", *shape) for shape in shapes]
-        widths = [WIDTHS["base"], WIDTHS["minilm"], WIDTHS["large"]]
+    elif machine.is_gpu:
+        yield from dict.fromkeys(_gpu_grid(machine, quick))
     else:
-        batches = [Workload("half", 16, 256), Workload("full", 16, 128)]
-        more = [Workload("full", 4, 512), Workload("full", 32, 32)]
-        widths = [WIDTHS["base"], WIDTHS["minilm"]]
-    dtypes = machine.dtypes[:2] if machine.is_gpu else machine.dtypes
-    for dtype, width, workload, op in product(dtypes, widths, batches, OPS):
-        # One batch is enough for what only counts tokens, and one dtype of two that are alike.
+        yield from _cpu_grid(machine, quick)
+
+
+def _cpu_grid(machine: Machine, quick: bool) -> Iterator[OpCase]:
+    batches = [Workload("half", 16, 256), Workload("full", 16, 128)]
+    widths = [WIDTHS["base"], WIDTHS["minilm"]]
+    for dtype, width, workload, op in product(machine.dtypes, widths, batches, OPS):
+        # One batch is enough for what only counts tokens.
         if op != "attention" and workload is not batches[0]:
-            continue
-        if machine.is_gpu and dtype is not first and (op != "attention" or width is not widths[0]):
             continue
         if not quick or width is widths[0]:
             yield OpCase(op, width, workload, dtype)
     if not quick:
-        for workload, width in product(more, widths[:2]):
-            yield OpCase("attention", width, workload, first)
+        for workload, width in product(
+            (Workload("full", 4, 512), Workload("full", 32, 32)), widths
+        ):
+            yield OpCase("attention", width, workload, machine.dtypes[0])
+
+
+def _gpu_grid(machine: Machine, quick: bool) -> Iterator[OpCase]:
+    """Case by case by how much hangs on the answer; some come twice."""
+    first, second = machine.dtypes[:2]
+    base, minilm, large = (WIDTHS[name] for name in ("base", "minilm", "large"))
+    # 16,384 tokens each, or nearly so
+    full = {
+        longest: Workload("full", 16384 // longest, longest)
+        for longest in (512, 256, 128, 1024, 384, 64, 2048)
+    }
+    half = Workload("half", 64, 512)
+    # Does attention reach the library kernels, without padding, where those can run?
+    for longest in (512, 256, 128):
+        yield OpCase("attention", base, full[longest], first)
+    # Is a LayerNorm as fast as a copy?
+    for width in (base, minilm, large):
+        yield OpCase("add_layer_norm", width, full[256], first)
+    yield OpCase("disentangled_attention", base, full[512], first)
+    yield OpCase("attention", base, half, first)
+    for longest in (512, 256, 128):
+        yield OpCase("attention", minilm, full[longest], first)
+    for op in OPS:
+        yield OpCase(op, base, half, first)
+    if quick:
+        return
+    for longest, width in product(full, (base, minilm)):
+        yield OpCase("attention", width, full[longest], first)
+    for width, op in product((minilm, large), OPS):
+        yield OpCase(op, width, half, first)
+    yield OpCase("attention", large, full[128], first)
+    for workload in (half, full[512], full[128]):
+        yield OpCase("attention", base, workload, second)
 
 
 def input_sets(machine: Machine, case: OpCase) -> list[Inputs]:
