@@ -479,8 +479,11 @@ def test_attention_reads_the_table() -> None:
         found = launch_config(cpu, 64, half, 512, 400, biased=False)
         assert found == replace(own, **fields)
         assert launch_config(cpu, 32, half, 512, 400, biased=False) == own
+        packed = choose_config(64, half, 30, 30, shared_memory(cpu))
         biased = choose_config(64, half, 512, 400, shared_memory(cpu), biased=True)
         assert launch_config(cpu, 64, half, 512, 400, biased=True) == biased
+    with launch_table.forced("attention", shape_class(64, half, packed), fields):
+        assert launch_config(cpu, 64, half, 30, 30, biased=False) == packed
 
 
 def test_shipped_table_is_well_formed() -> None:

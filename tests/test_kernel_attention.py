@@ -178,6 +178,20 @@ def test_rows_beyond_32_bits_of_offset() -> None:
     assert_as_good_as_eager(q, k, v, (1, 32))
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="would take 9 GB there, where pages are not lazy")
+def test_tiles_beyond_32_bits_of_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    # From tile to tile, and to the last one, it is 2**31 elements and more.
+    monkeypatch.setattr(kernel, "choose_config", lambda *_: kernel.AttentionConfig(16, 16, 4, 2))
+    try:
+        storage = torch.empty_strided((2**32 + 48,), (1,), dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"8 GiB cannot be had: {error}")
+    q, k, v = (storage[16 * i :].as_strided((33, 1, 16), (2**27, 16, 1)) for i in range(3))
+    for x in (q, k, v):
+        x.copy_(torch.randn(33, 1, 16))
+    assert_as_good_as_eager(q, k, v, (33,))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("kind", ("large", "all-negative", "all-positive"))
 def test_extreme_scores(kind: str, dtype: torch.dtype) -> None:

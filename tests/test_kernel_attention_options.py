@@ -87,6 +87,22 @@ def test_window_in_a_long_sequence(window: int) -> None:
     assert_as_good_as_eager(q, k, v, (1000, 3), window_size=window)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="would take 9 GB there, where pages are not lazy")
+def test_window_beyond_32_bits_of_offset(monkeypatch: pytest.MonkeyPatch) -> None:
+    # From tile to tile it is 2**31 elements.
+    config = local_attention.LocalAttentionConfig(16, 16, 4, 2)
+    monkeypatch.setattr(local_attention, "choose_config", lambda *_: config)
+    try:
+        storage = torch.empty_strided((2**32 + 48,), (1,), dtype=torch.float16)
+    except RuntimeError as error:
+        pytest.skip(f"8 GiB cannot be had: {error}")
+    q, k, v = (storage[16 * i :].as_strided((33, 1, 16), (2**27, 16, 1)) for i in range(3))
+    for x in (q, k, v):
+        x.copy_(torch.randn(33, 1, 16))
+    for window in (3, 31):
+        assert_as_good_as_eager(q, k, v, (33,), window_size=window)
+
+
 @pytest.mark.parametrize("lengths", ((), (0, 0), (0,)), ids=("B0", "B2", "B1"))
 def test_nothing_to_attend_to(lengths: tuple[int, ...]) -> None:
     q, k, v = random_qkv(0, 70, 2, 16, torch.float16).unbind(1)

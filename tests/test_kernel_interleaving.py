@@ -80,6 +80,14 @@ def test_programs_that_meet(how: str) -> None:
             count(how)
 
 
+@pytest.mark.parametrize("elements", (8, 1))
+def test_outside_the_operands(elements: int) -> None:
+    seen = torch.zeros(elements, dtype=torch.int32)
+    outside = pytest.raises(Exception, match=r"outside every operand, at byte \d+ of p")
+    with outside, interleaved(0):
+        count_kernel[(9,)](torch.zeros(1, dtype=torch.int32), seen, HOW="atomic")
+
+
 def test_an_error_in_a_program_is_passed_on() -> None:
     with pytest.raises(Exception, match="HOW"), interleaved(0):
         count_kernel[(8,)](torch.zeros(9), torch.zeros(9))

@@ -6,7 +6,7 @@ thread, one of which runs at a time, and before each access to memory chance dec
 
 Each access is recorded too. A launch raises where two programs touch one element, at least one of
 them writes it, and not both do so atomically: then chance decides on a GPU, even if it did not
-show here.
+show here. It raises too where a program reads or writes outside the tensors it was given.
 """
 
 from __future__ import annotations
@@ -37,8 +37,15 @@ class _Abandoned(BaseException):
 class _Launch:
     """The programs of one launch. Only the thread whose turn it is runs."""
 
-    def __init__(self, fn: Callable[..., None], arguments: dict[str, Any], chance: random.Random):
+    def __init__(
+        self,
+        fn: Callable[..., None],
+        arguments: dict[str, Any],
+        operands: list[tuple[int, int]],
+        chance: random.Random,
+    ) -> None:
         self.fn, self.arguments, self.chance = fn, arguments, chance
+        self.operands = operands  # address and bytes of each
         self.builder = interpreter.interpreter_builder
         self.error: BaseException | None = None
         # For each access its kind, its program, and the addresses and values of its elements.
@@ -64,6 +71,12 @@ class _Launch:
         """Called by the running program, before it does so."""
         where = np.broadcast_to(mask.data, pointers.data.shape).astype(bool)
         addresses = pointers.data[where]
+        inside = np.zeros(addresses.shape, bool)
+        for begin, size in self.operands:
+            inside |= addresses - np.uint64(begin) < size
+        if not inside.all():
+            outside = addresses[~inside][0]
+            raise AssertionError(f"outside every operand, at {self._named(outside)}")
         values = np.zeros(addresses.shape, np.uint64)
         if value is not None:
             raw = np.ascontiguousarray(np.broadcast_to(value.data, where.shape)[where])
@@ -140,13 +153,14 @@ class _Kernel:
 
     def __init__(self, fn: Callable[..., None], run: Callable[..., None]) -> None:
         self.fn, self.run = fn, run
+        self.operands: list[tuple[int, int]] = []
         # What the interpreter reads of a function.
         self.__name__, self.__signature__ = fn.__name__, signature(fn)
         self.__globals__, self.__annotations__ = fn.__globals__, fn.__annotations__
 
     def __call__(self, **arguments: Any) -> None:
         if not any(interpreter.interpreter_builder.grid_idx):
-            self.run(self.fn, arguments)
+            self.run(self.fn, arguments, self.operands)
 
 
 @contextmanager
@@ -160,18 +174,29 @@ def interleaved(seed: int, one_value: bool = False) -> Iterator[list[str]]:
     launched: list[str] = []
     launches: list[_Launch] = []
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    init, load, store = executor.__init__, builder.create_masked_load, builder.create_masked_store
+    init, copy_in = executor.__init__, executor._init_args_hst
+    load, store = builder.create_masked_load, builder.create_masked_store
     exchange, compare = builder.create_atomic_rmw, builder.create_atomic_cas
 
-    def run(fn: Callable[..., None], arguments: dict[str, Any]) -> None:
+    def run(
+        fn: Callable[..., None], arguments: dict[str, Any], operands: list[tuple[int, int]]
+    ) -> None:
         launched.append(fn.__name__)
-        launches.append(_Launch(fn, arguments, chance))
+        launches.append(_Launch(fn, arguments, operands, chance))
         launches[-1].run()
         launches[-1].check_races(one_value)
 
     def init_interleaved(self: Any, fn: Any, *rest: Any, **options: Any) -> None:
         init(self, fn, *rest, **options)
         self.fn = _Kernel(fn, run)
+
+    def copy_in_and_note(self: Any, *arguments: Any) -> Any:
+        positional, named = copy_in(self, *arguments)
+        storages = [
+            x.untyped_storage() for x in (*positional, *named.values()) if hasattr(x, "data_ptr")
+        ]
+        self.fn.operands = [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+        return positional, named
 
     def access_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         launches[-1].access(READ, pointers, mask)
@@ -194,6 +219,7 @@ def interleaved(seed: int, one_value: bool = False) -> Iterator[list[str]]:
 
     with (
         patch.object(executor, "__init__", init_interleaved),
+        patch.object(executor, "_init_args_hst", copy_in_and_note),
         patch.object(builder, "create_masked_load", access_load),
         patch.object(builder, "create_masked_store", access_store),
         patch.object(builder, "create_atomic_rmw", access_exchange),
