@@ -1,7 +1,8 @@
 """Compiles the CUDA C++ sources for the CPU, over the emulation in `tests/cuda_host/`.
 
 A build is kept under `.cache/cuda_host/`, named by a hash of everything that goes into it: it is
-made once, whichever worker of the tests comes first.
+made once, whichever worker of the tests comes first. So is each object, by a hash of the unit as
+the preprocessor leaves it: a change compiles what it reaches and no more.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests/cuda_host"
 CACHE = ROOT / ".cache/cuda_host"
+OBJECTS = CACHE / "objects"
+MOST_OBJECTS = 200
 
 FLAGS = (
     *("-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"),
@@ -62,23 +65,20 @@ def build(module: str, *sources: Path) -> ModuleType:
 
     folder = CACHE / f"{module}-{ingredients.hexdigest()[:16]}"
     target = folder / f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    CACHE.mkdir(parents=True, exist_ok=True)
+    OBJECTS.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{module}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             for stale in CACHE.glob(f"{module}-*"):
                 shutil.rmtree(stale)
             folder.mkdir()
-            objects = [str(folder / f"{unit.name}.o") for unit in units]
-            compiles = [
-                [*command, "-c", "-x", "c++", str(unit), "-o", target_object]
-                for unit, target_object in zip(units, objects, strict=True)
-            ]
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                for _ in pool.map(_run, compiles):
-                    pass
+                objects = [str(path) for path in pool.map(lambda x: _compile(command, x), units)]
             _run(["g++", "-shared", *objects, "-o", str(folder / "unfinished")])
             (folder / "unfinished").rename(target)
+            newest_first = sorted(OBJECTS.glob("*.o"), key=lambda x: x.stat().st_mtime)[::-1]
+            for stale in newest_first[MOST_OBJECTS:]:
+                stale.unlink(missing_ok=True)
     sys.path.insert(0, str(folder))
     return importlib.import_module(module)
 
@@ -91,7 +91,24 @@ def build_backend() -> ModuleType:
     return build("_cuda_host", *sources)
 
 
-def _run(command: list[str]) -> None:
+def _compile(command: list[str], unit: Path) -> Path:
+    """The object of a unit."""
+    text = _run([*command, "-E", "-P", "-x", "c++", str(unit)])
+    # But for the folders of headers, whose text is in.
+    options = [option for option in command if not option.startswith("-I")]
+    digest = hashlib.sha256(" ".join([sys.version, *options]).encode() + text.encode()).hexdigest()
+    target = OBJECTS / f"{unit.name}-{digest[:16]}.o"
+    if target.exists():
+        target.touch()
+    else:
+        unfinished = f"{target}.{os.getpid()}"
+        _run([*command, "-c", "-x", "c++", str(unit), "-o", unfinished])
+        Path(unfinished).rename(target)
+    return target
+
+
+def _run(command: list[str]) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+    return result.stdout
