@@ -121,6 +121,22 @@ class PackedBatch:
         """``(B, N)`` with zeros for the rows that have no token."""
         return rows.masked_fill_((self.cu_seqlens.diff() == 0).unsqueeze(1), 0)
 
+    def pack_into(self, out: Tensor, padded: Tensor) -> None:
+        """Write the ``(total,)`` of :meth:`pack` to the front of ``out``, without a copy between
+        where the dtypes are the same."""
+        out = out[: self.total]
+        if self.indices is None or padded.shape[0] != self.batch_size or padded.dtype != out.dtype:
+            out.copy_(self.pack(padded))
+        else:
+            torch.index_select(padded.reshape(-1), 0, self.indices, out=out)
+
+    def columns_into(self, out: Tensor) -> None:
+        """Write the ``(total,)`` of :meth:`columns` to the front of ``out``."""
+        if self.indices is None:
+            out[: self.total].copy_(self.columns())
+        else:
+            torch.remainder(self.indices, self.padded_length, out=out[: self.total])
+
     def columns(self) -> Tensor:
         """int64 ``(total,)``: each token's column in the padded batch."""
         if self.indices is None:

@@ -22,7 +22,7 @@ that did (:mod:`encoder_fast.streams`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
 from threading import Lock
@@ -79,7 +79,7 @@ class _Look:
     an epsilon of their own."""
 
     tensors: list[Tensor | None]
-    places: list[tuple | None]
+    places: Sequence[tuple | None]
     versions: list[int | None]
     table_epsilon: float | None
 
@@ -231,13 +231,23 @@ class WeightCache:
         )
 
     def _look(self) -> _Look:
-        tensors = [_parameter(module, name) for module, name in self._prepared]
+        # By loops without calls: this is a good part of what a short text takes the host.
+        try:
+            tensors = [module._parameters[name] for module, name in self._prepared]
+        except KeyError:
+            module, name = next((m, n) for m, n in self._prepared if n not in m._parameters)
+            reason = f"a {type(module).__name__} whose {name} is no parameter"
+            raise NotFastError(reason) from None
         for module in self._unprepared:
             tensors += module._parameters.values()
         versions = [_version(tensor) for tensor in tensors[: self._counted]]
         norm = None if self._positions is None else self._positions.norm
         eps = None if norm is None else epsilon(norm)
-        return _Look(tensors, [place(tensor) for tensor in tensors], versions, eps)
+        places = [
+            None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, type(t))
+            for t in tensors
+        ]
+        return _Look(tensors, places, versions, eps)
 
     def _verified(self, like: Tensor, tokens: int) -> EncoderWeights:
         known, look = self._copied, self._look()
@@ -417,21 +427,6 @@ def _qkv_bias(layer: LayerSpec) -> Tensor | None:
     q_bias, v_bias = module.q_bias.detach(), module.v_bias.detach()
     parts = (q_bias, torch.zeros_like(q_bias), v_bias)
     return torch.stack([part.view(-1, attention.head_size) for part in parts], dim=1).view(-1)
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor | None:
-    # Past Module.__getattr__, which takes as long as all the rest of a look.
-    try:
-        return module._parameters[name]
-    except KeyError:
-        raise NotFastError(f"a {type(module).__name__} whose {name} is no parameter") from None
-
-
-def place(tensor: Tensor | None) -> tuple | None:
-    """Which memory a tensor is, and how it reads it."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, type(tensor)
 
 
 def _version(tensor: Tensor | None) -> int | None:

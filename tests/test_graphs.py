@@ -11,6 +11,7 @@ from typing import Any
 import frozen_recorder
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 import zoo
 from berts import DEVICE, minilm_path, tiny
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import encoder_fast
-from encoder_fast import TextEncoder
+from encoder_fast import TextEncoder, weights
 from encoder_fast.graphs import bucket, cache
 from encoder_fast.graphs.bucket import Bucket
 from encoder_fast.packing import pack_lengths
 from encoder_fast.parity import compare
+from encoder_fast.patching import stack
 from encoder_fast.patching.packed import encode_packed
 from encoder_fast.text.runner import Runner
 
@@ -244,6 +246,84 @@ def test_a_larger_vocabulary(backend: str) -> None:
     for _ in range(2):
         expect_parity(model, plain, call)
     assert graphs_of(model)[:2] == (2, 2)
+
+
+def test_the_model_is_looked_at_while_the_gpu_is_at_work(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build("bert")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+        steps: list[str] = []
+        for home, name in (
+            (cache.GraphCache, "_replay"),
+            (stack.Stack, "is_unchanged"),
+            (weights.WeightCache, "still_holds"),
+        ):
+            note(monkeypatch, home, name, steps)
+        model(**call)
+    assert steps == ["_replay", "is_unchanged", "still_holds"]
+
+
+def note(patch: pytest.MonkeyPatch, home: type, name: str, steps: list[str]) -> None:
+    """Add ``name`` to ``steps`` at each of its calls."""
+    original = getattr(home, name)
+
+    def method(*arguments: Any, **options: Any) -> Any:
+        steps.append(name)
+        return original(*arguments, **options)
+
+    patch.setattr(home, name, method)
+
+
+def add_hook(model: nn.Module) -> None:
+    model.encoder.layer[1].output.register_forward_hook(lambda *_: None)
+
+
+def replace_forward(model: nn.Module) -> None:
+    dense = model.encoder.layer[0].output.dense
+    dense.forward = lambda x: F.linear(x, dense.weight)
+
+
+def train_a_part(model: nn.Module) -> None:
+    model.encoder.layer[0].attention.train()
+
+
+@pytest.mark.parametrize("change", [add_hook, replace_forward, train_a_part])
+def test_what_was_launched_for_another_model_is_dropped(
+    change: Callable[[nn.Module], None], backend: str
+) -> None:
+    model = zoo.build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    plain = copy.deepcopy(model)
+    encoder_fast.patch(model, backend, cuda_graphs=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+        change(model)
+        change(plain)
+        assert torch.equal(model(**call)[0], plain(**call)[0])
+    assert graphs_of(model)[:2] == (1, 1)
+    assert len(encoder_fast.report(model).fallbacks) == 1
+
+
+def test_other_embeddings_take_ids_that_the_old_ones_refuse(backend: str) -> None:
+    model = zoo.build("bert")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+        model.resize_token_embeddings(2 * zoo.VOCAB)
+        plain = encoder_fast.unpatch(copy.deepcopy(model))
+        call["input_ids"] = call["input_ids"] + zoo.VOCAB * call["attention_mask"]
+    for _ in range(2):
+        expect_parity(model, plain, call)
+    with torch.inference_mode(), pytest.raises(IndexError):
+        model(**{**call, "input_ids": call["input_ids"] + zoo.VOCAB})
 
 
 def test_replays_write_no_stacks(backend: str) -> None:

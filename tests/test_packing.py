@@ -32,6 +32,15 @@ def check(mask: Tensor, backend: str = "reference") -> None:
     torch.testing.assert_close(restored, padded * valid[..., None], rtol=0, atol=0)
     columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)[valid]
     assert batch.columns().tolist() == columns.tolist()
+    for dtype in (torch.int64, torch.int32):
+        for given in (torch.arange(mask.numel(), dtype=dtype).view(mask.shape), mask[:1].long()):
+            out = torch.full((batch.total + 3,), -1, device=mask.device)
+            batch.pack_into(out, given.to(mask.device))
+            assert torch.equal(out[: batch.total], batch.pack(given.to(mask.device)))
+            assert out[batch.total :].tolist() == [-1] * 3
+    out = torch.full((batch.total + 3,), -1, device=mask.device)
+    batch.columns_into(out)
+    assert out.tolist() == [*columns.tolist(), -1, -1, -1]
     check_onlookers(mask, padded, backend)
 
 

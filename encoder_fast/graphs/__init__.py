@@ -6,8 +6,8 @@ A recorded forward is for one size of everything, so batches are rounded up to a
 token behind the real ones, of which no backend makes any difference to the real ones.
 """
 
-from encoder_fast.graphs.cache import GraphCache, PackedInputs
+from encoder_fast.graphs.cache import GraphCache, Inputs, Replayed
 from encoder_fast.graphs.counts import GraphCounts, GraphReport
 from encoder_fast.graphs.recorder import recorder_for
 
-__all__ = ["GraphCache", "GraphCounts", "GraphReport", "PackedInputs", "recorder_for"]
+__all__ = ["GraphCache", "GraphCounts", "GraphReport", "Inputs", "Replayed", "recorder_for"]

@@ -4,9 +4,6 @@ A graph covers the embeddings and the layers, from packed ids to the packed last
 reads static buffers, into which each batch is copied, with what fills up the bucket behind it; the
 real rows of its output are copied out. What derives from weights alone (the stacked Q, K and V,
 DeBERTa's tables) it reads where that lies.
-
-Whether a graph is still right is looked at after it was launched, while the GPU is at work: to look
-at each weight takes the host long. A result that turns out to be of another model is dropped.
 """
 
 from __future__ import annotations
@@ -35,20 +32,28 @@ _MOST_SEEN = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class PackedInputs:
+class Inputs:
     """What a forward reads beside weights.
 
     Attributes:
         batch: how the tokens are packed.
-        input_ids: integers ``(total,)``; ``None`` where embeddings came instead.
-        token_type_ids: integers ``(total,)``; ``None`` means zeros.
-        position_ids: integers ``(total,)``.
+        input_ids: integers ``(B, S)``; ``None`` where embeddings came instead.
+        token_type_ids: integers ``(B, S)`` or ``(1, S)``; ``None`` means zeros.
+        position_ids: the same; ``None`` means columns.
     """
 
     batch: PackedBatch
     input_ids: Tensor | None
     token_type_ids: Tensor | None
-    position_ids: Tensor
+    position_ids: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a graph gave, and the model that it was right for."""
+
+    output: Tensor
+    held: _Held
 
 
 class GraphCache:
@@ -81,9 +86,46 @@ class GraphCache:
         self._failed: dict[_Key, str] = {}
         self._lock = Lock()
 
-    def run(
-        self, inputs: PackedInputs, *, first_token_alone: bool, every_state: bool
-    ) -> Tensor | None:
+    def replay_ahead(self, inputs: Inputs, first_token_alone: bool) -> Replayed | None:
+        """Launch the graph that there is for a batch before anybody has looked whether it is right,
+        which takes the host long: the GPU is at work meanwhile. Nothing is counted before
+        :meth:`confirm`.
+
+        A graph of another model does no harm: the weights that it reads keep their memory until
+        somebody has looked at them, and the ids lie within its tables.
+
+        Returns:
+            ``None`` where there is no graph that may be right.
+        """
+        if self._why_not(inputs, False) is not None:
+            return None
+        key = _Key.of(inputs, first_token_alone)
+        with self._lock:
+            graph, held = self._graphs.get(key), self._held
+            if (
+                graph is None
+                or held is None
+                or held.rows_of_tables != self._rows_of_tables()
+                or not self._weights.may_run_ahead(held.weights, inputs.batch.total)
+            ):
+                return None
+            self._graphs.move_to_end(key)
+            return Replayed(self._replay(key, graph, inputs), held)
+
+    def confirm(self, replayed: Replayed) -> bool:
+        """Whether the graph was right, and the weights of now are what it read. If not, its output
+        is of no use.
+
+        Raises:
+            NotFastError: a weight is no parameter.
+        """
+        held = replayed.held
+        if held.premises != self._premises.now() or not self._weights.still_holds(held.weights):
+            return False
+        self._counts.count_replayed()
+        return True
+
+    def run(self, inputs: Inputs, *, first_token_alone: bool, every_state: bool) -> Tensor | None:
         """The last hidden state as :func:`engine.encode` gives it, or ``None`` where this call has
         to run without a graph, which is counted with its reason.
 
@@ -93,28 +135,21 @@ class GraphCache:
         Raises:
             NotFastError: the weights are such that the engine can't run at all.
         """
-        reason, result = self._why_not(inputs, every_state), None
+        reason = self._why_not(inputs, every_state)
         if reason is None:
-            batch = inputs.batch
-            has_types = inputs.token_type_ids is not None
-            key = _Key(Bucket.of(batch), has_types, first_token_alone)
+            key = _Key.of(inputs, first_token_alone)
             with self._lock:
-                result = self._replay_ahead(key, inputs)
-                if result is None:
-                    held = self._drop_if_outdated(batch.total)
-                    found = self._graph_of(key, inputs, held)
-                    if isinstance(found, str):
-                        reason = found
-                    else:
-                        result = self._replay(key, found, inputs)
-        if result is not None:
-            self._counts.count_replayed()
-            return result
-        assert reason is not None
+                held = self._drop_if_outdated(inputs.batch.total)
+                found = self._graph_of(key, inputs, held)
+                if isinstance(found, _Graph):
+                    result = self._replay(key, found, inputs)
+                    self._counts.count_replayed()
+                    return result
+            reason = found
         self._counts.count_without(reason)
         return None
 
-    def _why_not(self, inputs: PackedInputs, every_state: bool) -> str | None:
+    def _why_not(self, inputs: Inputs, every_state: bool) -> str | None:
         batch = inputs.batch
         if inputs.input_ids is None:
             return "inputs_embeds"
@@ -161,27 +196,7 @@ class GraphCache:
             self._seen.popitem(last=False)
         return False
 
-    def _replay_ahead(self, key: _Key, inputs: PackedInputs) -> Tensor | None:
-        """What the graph of a size gives, or ``None`` where there is none that is right.
-
-        The weights that a graph reads keep their memory until somebody has looked at them, and its
-        ids lie within its tables, so that one of another model does no harm.
-        """
-        graph, held = self._graphs.get(key), self._held
-        if (
-            graph is None
-            or held is None
-            or held.rows_of_tables != self._rows_of_tables()
-            or not self._weights.may_run_ahead(held.weights, inputs.batch.total)
-        ):
-            return None
-        self._graphs.move_to_end(key)
-        result = self._replay(key, graph, inputs)
-        if held.premises == self._premises.now() and self._weights.still_holds(held.weights):
-            return result
-        return None
-
-    def _graph_of(self, key: _Key, inputs: PackedInputs, held: _Held) -> _Graph | str:
+    def _graph_of(self, key: _Key, inputs: Inputs, held: _Held) -> _Graph | str:
         """The graph of a size, recorded now if this is its second batch, or why there is none."""
         graph = self._graphs.get(key)
         if graph is not None:
@@ -202,7 +217,7 @@ class GraphCache:
             self._graphs.popitem(last=False)
         return graph
 
-    def _replay(self, key: _Key, graph: _Graph, inputs: PackedInputs) -> Tensor:
+    def _replay(self, key: _Key, graph: _Graph, inputs: Inputs) -> Tensor:
         batch, recording = inputs.batch, graph.recording
         with self._recorder.turn():
             graph.static.fill(inputs)
@@ -211,7 +226,7 @@ class GraphCache:
             # In the caller's mode, so that the result is what it would be without us.
             return recording.output[:rows].clone()
 
-    def _record(self, key: _Key, inputs: PackedInputs, held: _Held) -> _Graph:
+    def _record(self, key: _Key, inputs: Inputs, held: _Held) -> _Graph:
         spec, backend, weights = self._spec, self._backend, held.weights
         static = _StaticInputs(key.bucket, key.has_types, self._like.device)
         static.fill(inputs)
@@ -259,6 +274,10 @@ class _Key:
     has_types: bool
     first_token_alone: bool
 
+    @classmethod
+    def of(cls, inputs: Inputs, first_token_alone: bool) -> _Key:
+        return cls(Bucket.of(inputs.batch), inputs.token_type_ids is not None, first_token_alone)
+
 
 class _StaticInputs:
     """The buffers that a recorded forward reads.
@@ -285,19 +304,23 @@ class _StaticInputs:
         given = (self.input_ids, self.position_ids, self.token_type_ids, self.batch.cu_seqlens)
         return [tensor for tensor in given if tensor is not None]
 
-    def fill(self, inputs: PackedInputs) -> None:
+    def fill(self, inputs: Inputs) -> None:
         """Copy a batch of this bucket into the buffers; nothing waits for the device."""
         batch = inputs.batch
-        for buffer, given in (
-            (self.input_ids, inputs.input_ids),
-            (self.position_ids, inputs.position_ids),
-            (self.token_type_ids, inputs.token_type_ids),
-        ):
-            if buffer is not None and given is not None:
-                buffer[: batch.total].copy_(given)
-        cu_seqlens = self.batch.cu_seqlens
-        cu_seqlens[: batch.batch_size + 1].copy_(batch.cu_seqlens)
-        cu_seqlens[batch.batch_size + 1 :].fill_(batch.total)
+        assert inputs.input_ids is not None
+        batch.pack_into(self.input_ids, inputs.input_ids)
+        if self.token_type_ids is not None and inputs.token_type_ids is not None:
+            batch.pack_into(self.token_type_ids, inputs.token_type_ids)
+        if inputs.position_ids is None:
+            batch.columns_into(self.position_ids)
+        else:
+            batch.pack_into(self.position_ids, inputs.position_ids)
+        cu_seqlens, count = self.batch.cu_seqlens, batch.batch_size + 1
+        if count == len(cu_seqlens):
+            cu_seqlens.copy_(batch.cu_seqlens)
+        else:
+            cu_seqlens[:count].copy_(batch.cu_seqlens)
+            cu_seqlens[count:].fill_(batch.total)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ class Stack:
     """The subtree under some children of a model, as it was when it was read."""
 
     def __init__(self, model: nn.Module, children: tuple[str, ...]) -> None:
-        self._edges: list[tuple[dict[str, Any], str, nn.Module, Any, Any]] = []
+        self._edges: list[tuple[dict[str, Any], str, nn.Module, Any]] = []
+        self._forwards: dict[Any, Any] = {}
         self._sizes: list[tuple[dict[str, nn.Module | None], int]] = []
         for name in children:
             self._watch(model, name)
@@ -32,7 +33,8 @@ class Stack:
         if child is None:
             return
         cls: Any = type(child)
-        self._edges.append((parent._modules, name, child, cls, cls.forward))
+        self._edges.append((parent._modules, name, child, cls))
+        self._forwards[cls] = cls.forward
         self._sizes.append((child._modules, len(child._modules)))
         for grandchild in child._modules:
             self._watch(child, grandchild)
@@ -45,21 +47,31 @@ class Stack:
         """
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             raise NotFastError("global module hooks are registered")
-        for children, name, child, cls, forward in self._edges:
-            if cls.forward is not forward or type(child) is not cls:
+        for cls, forward in self._forwards.items():
+            if cls.forward is not forward:
                 return False
-            if children.get(name) is not child:
+        for children, name, child, cls in self._edges:
+            if children.get(name) is not child or type(child) is not cls:
                 return False
             state = child.__dict__
-            if state["training"]:
-                raise NotFastError(f"training mode ({name} is in it; call model.eval())")
-            if state["_forward_pre_hooks"] or (
-                state["_forward_hooks"] and _has_user_hook(state["_forward_hooks"])
+            if (
+                state["training"]
+                or state["_forward_pre_hooks"]
+                or state["_forward_hooks"]
+                or "forward" in state
             ):
-                raise NotFastError(f"a hook on {cls.__name__} inside the stack")
-            if "forward" in state:
-                raise NotFastError(f"the forward of a {cls.__name__} inside the stack was replaced")
-        return all(len(children) == size for children, size in self._sizes)
+                _object(name, cls, state)
+        return all([len(children) == size for children, size in self._sizes])
+
+
+def _object(name: str, cls: Any, state: dict[str, Any]) -> None:
+    """Raise unless what stands out about a module is harmless."""
+    if state["training"]:
+        raise NotFastError(f"training mode ({name} is in it; call model.eval())")
+    if state["_forward_pre_hooks"] or _has_user_hook(state["_forward_hooks"]):
+        raise NotFastError(f"a hook on {cls.__name__} inside the stack")
+    if "forward" in state:
+        raise NotFastError(f"the forward of a {cls.__name__} inside the stack was replaced")
 
 
 def _has_user_hook(hooks: dict) -> bool:

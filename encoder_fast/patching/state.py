@@ -21,12 +21,12 @@ from encoder_fast.errors import (
     UnsupportedModelError,
 )
 from encoder_fast.families import Family
-from encoder_fast.graphs import GraphCache, GraphCounts, PackedInputs, recorder_for
+from encoder_fast.graphs import GraphCache, GraphCounts, Replayed, recorder_for
 from encoder_fast.ops.attention import why_no_head_size
-from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
+from encoder_fast.packing import PackedBatch
 from encoder_fast.patching.arguments import Arguments, parameter_names, read_arguments
 from encoder_fast.patching.head import wants_first_token_alone
-from encoder_fast.patching.packed import batch_known_for
+from encoder_fast.patching.inputs import inputs_of, pack_call, positions_of
 from encoder_fast.patching.reporting import Counts
 from encoder_fast.patching.sentence import PackedPooling, pooling_behind
 from encoder_fast.patching.stack import Stack
@@ -63,6 +63,19 @@ class _Reading:
             and self.facts == self.family.facts(model)
             and self.spec.embeddings.word.weight.device == self.device
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A call that was begun by a reading that nobody has looked at since.
+
+    Attributes:
+        replayed: what a CUDA graph gave, where there was one for the batch.
+    """
+
+    reading: _Reading
+    batch: PackedBatch
+    replayed: Replayed | None
 
 
 class EncoderState:
@@ -249,19 +262,22 @@ class EncoderState:
     ) -> tuple[Tensor, PackedBatch]:
         """The last hidden state, packed, and how it is packed; see :func:`engine.encode`."""
         _check_mode(model, call)
+        ahead = None if collect is not None else self._launch(call, reads_first, first_token_alone)
         reading = self._current_reading(model)
         _check_attention(model.config, reading.spec)
-        spec, backend = reading.spec, reading.backend
-        like = spec.embeddings.word.weight
-        if like.dtype not in load(backend).DTYPES:
-            raise NotFastError(f"dtype {like.dtype} on backend {backend}")
-        shape = _check_tensors(call, like)
-        batch = _pack(call, shape, spec, backend, reads_first=reads_first)
+        if ahead is not None and ahead.reading is reading:
+            batch, replayed = ahead.batch, ahead.replayed
+            assert reading.graphs is not None
+            if replayed is not None and reading.graphs.confirm(replayed):
+                return replayed.output, batch
+        else:
+            batch = pack_call(call, reading.spec, reading.backend, reads_first)
         if batch.onlooker_rows is not None and _leaves_padding_out(model.config):
             raise NotFastError(
                 "a pooler or head over a padded first column (left padding), and flash attention, "
                 "which computes nothing for padding"
             )
+        like, backend = reading.spec.embeddings.word.weight, reading.backend
         kernels: Any = load(backend)
         if not hasattr(kernels, "rows_to_compute"):
             return self._compute(call, reading, batch, collect, first_token_alone), batch
@@ -274,6 +290,21 @@ class EncoderState:
         reading.sizes.add(size)
         return last, batch
 
+    def _launch(self, call: Arguments, reads_first: bool, first_token_alone: bool) -> _Ahead | None:
+        """Launch a CUDA graph by the reading that there is, so that the GPU is at work while the
+        host looks whether model and weights are still what was read."""
+        reading = self._reading
+        if reading is None or reading.graphs is None:
+            return None
+        try:
+            batch = pack_call(call, reading.spec, reading.backend, reads_first)
+            inputs = inputs_of(call, reading.spec, batch)
+            return _Ahead(reading, batch, reading.graphs.replay_ahead(inputs, first_token_alone))
+        except Exception:
+            # A reading of another model refuses what is right for this one. If it is of this model,
+            # the same comes of it once more.
+            return None
+
     def _compute(
         self,
         call: Arguments,
@@ -284,19 +315,18 @@ class EncoderState:
     ) -> Tensor:
         """The last hidden state of a batch, packed."""
         spec, backend = reading.spec, reading.backend
-        positions = _positions(call, spec.embeddings.position_padding_idx, batch)
+        inputs = inputs_of(call, spec, batch)
+        if reading.graphs is not None:
+            replayed = reading.graphs.run(
+                inputs, first_token_alone=first_token_alone, every_state=collect is not None
+            )
+            if replayed is not None:
+                return replayed
+        positions = positions_of(inputs, spec.embeddings.position_padding_idx)
         ids, types, embeds = (
             None if padded is None else batch.pack(padded)
             for padded in (call.input_ids, call.token_type_ids, call.inputs_embeds)
         )
-        if reading.graphs is not None:
-            replayed = reading.graphs.run(
-                PackedInputs(batch, ids, types, positions),
-                first_token_alone=first_token_alone,
-                every_state=collect is not None,
-            )
-            if replayed is not None:
-                return replayed
         weights = reading.cache.current(spec.embeddings.word.weight, batch.total)
         hidden = engine.embed(
             spec.embeddings, weights.projection, backend, positions, types, ids, embeds
@@ -393,93 +423,3 @@ def _check_mode(model: nn.Module, call: Arguments) -> None:
         raise NotFastError("autocast (cast the model instead: model.half() or model.bfloat16())")
     if torch.jit.is_tracing():
         raise NotFastError("torch.jit tracing")
-
-
-def _misfit(name: str, tensor: Tensor) -> str:
-    # Without sizes: reasons are counted, and there are only so many of them.
-    return f"{name} of {tensor.dim()} dimensions and {tensor.dtype}, or of a size that does not fit"
-
-
-def _check_tensors(call: Arguments, like: Tensor) -> tuple[int, int]:
-    """Check what comes in against the model; returns ``(B, S)``."""
-    if call.input_ids is not None:
-        if call.input_ids.dim() != 2 or call.input_ids.dtype not in (torch.int64, torch.int32):
-            raise NotFastError(_misfit("input_ids", call.input_ids))
-    else:
-        embeds = call.source
-        if embeds.dim() != 3 or embeds.dtype != like.dtype or embeds.shape[2] != like.shape[1]:
-            raise NotFastError(_misfit("inputs_embeds", embeds))
-    batch_size, length = call.source.shape[:2]
-    for name in ("token_type_ids", "position_ids"):
-        ids = getattr(call, name)
-        if ids is not None and (
-            ids.dim() != 2
-            or ids.shape[0] not in (1, batch_size)
-            or ids.shape[1] != length
-            or ids.dtype not in (torch.int64, torch.int32)
-        ):
-            raise NotFastError(_misfit(name, ids))
-    mask = call.attention_mask
-    if mask is not None and mask.shape != (batch_size, length):
-        raise NotFastError(_misfit("attention_mask", mask))
-    for name in ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids"):
-        tensor = getattr(call, name)
-        if tensor is not None and tensor.device != like.device:
-            raise NotFastError(f"{name} on {tensor.device}, the model on {like.device}")
-    return batch_size, length
-
-
-def _pack(
-    call: Arguments,
-    shape: tuple[int, int],
-    spec: EncoderSpec,
-    backend: str,
-    *,
-    reads_first: bool,
-) -> PackedBatch:
-    # Of embeddings there is none to skip: their positions count all columns.
-    skips_padding = spec.embeddings.position_padding_idx is not None and call.input_ids is not None
-    mask = call.attention_mask
-    known = batch_known_for(shape)
-    if mask is None or known is not None or not skips_padding:
-        _check_length(call, shape[1], spec)
-    if known is not None:
-        return known
-    if mask is None:
-        return pack_full(*shape, spec.embeddings.word.weight.device)
-    vocab_size = spec.embeddings.word.weight.shape[0]
-    # On the CPU the lookup itself checks the ids.
-    ids = call.input_ids if mask.device.type != "cpu" else None
-    facts = read_mask(mask, ids, vocab_size, onlookers=reads_first, backend=backend)
-    if not facts.is_binary:
-        raise NotFastError("an attention_mask with values other than 0 and 1")
-    if not facts.ids_in_range:
-        raise IndexError(f"input_ids must lie in [0, {vocab_size})")
-    if reads_first and facts.headless and not spec.has_onlookers(shape[1]):
-        raise NotFastError(
-            "a pooler or head over a padded first column (left padding), and attention that is not "
-            "plain softmax"
-        )
-    if skips_padding:
-        _check_length(call, facts.max_seqlen, spec)
-    # Where column 0 is padding, the original pools what a padding token there sees of the text.
-    return pack(mask, facts, onlookers=reads_first, backend=backend)
-
-
-def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:
-    limit = spec.embeddings.max_positions
-    if limit is not None and call.position_ids is None and length > limit:
-        raise ValueError(f"input of length {length} exceeds the model's limit of {limit} positions")
-
-
-def _positions(call: Arguments, padding_idx: int | None, batch: PackedBatch) -> Tensor:
-    """The position of each packed token."""
-    if call.position_ids is not None:
-        return batch.pack(call.position_ids)
-    if padding_idx is None:
-        return batch.columns()
-    if call.input_ids is None:
-        return batch.columns() + (padding_idx + 1)
-    # RoBERTa goes by the ids and not by the mask: the two differ where a mask has holes.
-    counted = call.input_ids != padding_idx
-    return batch.pack(counted.cumsum(dim=1) * counted + padding_idx)
