@@ -37,7 +37,7 @@ RXNFP_SHA256 := c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf
 GENSIM        := $(WHEELS)/gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl
 GENSIM_SHA256 := 91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8
 
-.PHONY: help demo test test-gpu bench bench-gpu first-contact cuda-in-tree lint format matrix build clean distclean
+.PHONY: help demo test mutants test-gpu bench bench-gpu first-contact cuda-in-tree lint format matrix build clean distclean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -53,6 +53,10 @@ test: lint $(RXNFP) $(GENSIM) $(CUDA) ## Linters, types and the whole test suite
 
 test-gpu: cuda-in-tree ## On an NVIDIA GPU, what matters there, under 2 minutes (ARGS="kernels -k …")
 	@$(ON_GPU) $(PYTHON) tests/on_gpu.py $(ARGS)
+
+# Each in a copy of the tree; a table goes where --out says.
+mutants: $(VENV)/.test ## Break kernels on purpose, and see which test notices (ARGS="--only kernels/*")
+	@$(VENV)/bin/python tests/mutants/runner.py --jobs $(JOBS) $(ARGS)
 
 # Figures are reported even if a contestant of ours failed; the status still says so.
 bench: $(VENV)/.bench ## Benchmarks and docs/performance.md, 15 minutes on two cores (ARGS=--quick: 3)

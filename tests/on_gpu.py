@@ -41,6 +41,7 @@ GROUPS = {
             "test_kernel_embed_layer_norm",
             "test_kernel_disentangled",
             "test_kernel_attention_options",
+            "test_minus_infinity",
             "test_kernel_pack_mask",
             "test_kernel_gated",
             "test_kernel_rotary",

@@ -21,8 +21,6 @@ from torch import Tensor
 from encoder_fast.ops.attention import attention
 from encoder_fast.parity import compare
 
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-
 # One entry a kind of tiles. Of the last sequence all scores are -inf.
 LENGTHS = {
     "packed": (30, 7, 16, 5),
