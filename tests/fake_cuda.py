@@ -14,8 +14,12 @@ What is kept to, with the place in PyTorch 2.11 or in CUDA's documents that says
 - Beginning a capture turns allocation to the pool before CUDA may refuse, and ending it turns it
   off after CUDA may have refused; a pool that is still turned to takes no other capture
   (ATen/cuda/CUDAGraph.cpp, ``beginAllocateToPool``).
+- Beginning a capture puts the generator of random numbers into a mode in which it serves captures
+  alone, and writes its state on the stream; ending one well takes it out again
+  (ATen/cuda/CUDAGeneratorImpl.cpp, ``capture_prologue`` and ``capture_epilogue``).
 - Later versions clear the workspaces of a graph's stream when the graph goes (pytorch#175276), turn
-  allocation off in any case (pytorch#180395) and don't count captures that failed (pytorch#190348).
+  allocation off in any case (pytorch#180395), don't count captures that failed (pytorch#190348) and
+  have a mode of the generator for each capture.
 """
 
 from __future__ import annotations
@@ -52,9 +56,13 @@ class Workspace:
 @dataclass(frozen=True)
 class Stream:
     cuda_stream: int
+    waits: list[tuple[Stream, Stream]] = field(default_factory=list, compare=False, repr=False)
 
     def wait_event(self, event: Event) -> None:
         event.wait(self)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waits.append((self, other))
 
 
 class OutOfMemoryError(RuntimeError):
@@ -68,16 +76,16 @@ class FakeCuda:
     Attributes:
         is_later: a later version, by the last lines above.
         capture: makes what repeats, as a context, what ran within it; its ``replay()`` is called.
-        refusals: errors by the call that raises them next: ``capture_begin``, ``capture_end``
-            and ``launch`` during a capture.
+        refusals: errors by the call that raises them, one each time: ``capture_begin``,
+            ``capture_end`` and ``launch`` during a capture.
         stream_error: what the driver answers when asked for a stream; 0 is success.
         ran: what ran, in order: the stream and the kernels, those of a graph together.
-        waits: streams and the events that they waited for.
+        waits: streams, and those that they waited for.
     """
 
     is_later: bool = False
     capture: Callable[[], Any] | None = None
-    refusals: dict[str, Exception] = field(default_factory=dict)
+    refusals: dict[str, list[Exception]] = field(default_factory=dict)
     stream_error: int = 0
     ran: list[tuple[Stream, list[str]]] = field(default_factory=list)
     waits: list[tuple[Stream, Stream]] = field(default_factory=list)
@@ -92,12 +100,13 @@ class FakeCuda:
         self._captures: dict[Stream, CUDAGraph] = {}
         self._workspaces: dict[tuple[int, Stream], Workspace] = {}
         self._next_pool = itertools.count(1)
+        self._generator_captures = False
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the recorder looks for CUDA, it finds this one."""
         cuda = SimpleNamespace(
-            Stream=lambda: Stream(1 + next(self._next_stream) % 32),
-            ExternalStream=lambda handle, _device: Stream(handle),
+            Stream=lambda: Stream(1 + next(self._next_stream) % 32, self.waits),
+            ExternalStream=lambda handle, _device: Stream(handle, self.waits),
             Event=lambda: Event(self),
             CUDAGraph=lambda: CUDAGraph(self),
             graph_pool_handle=lambda: (0, next(self._next_pool)),
@@ -109,7 +118,12 @@ class FakeCuda:
             empty_cache=self.empty_cache,
         )
         internals = SimpleNamespace(_cuda_endAllocateToPool=self._end_allocate)
-        fake = SimpleNamespace(cuda=cuda, _C=internals, OutOfMemoryError=OutOfMemoryError)
+        fake = SimpleNamespace(
+            cuda=cuda,
+            _C=internals,
+            OutOfMemoryError=OutOfMemoryError,
+            zeros=lambda *_, device: self.launch("fill"),
+        )
         self.Stream = cuda.Stream
         driver = SimpleNamespace(cuStreamCreate=self._create_stream)
         libraries = SimpleNamespace(
@@ -127,7 +141,7 @@ class FakeCuda:
         return self.stream_error
 
     def current_stream(self) -> Stream:
-        return getattr(self._here, "stream", Stream(0))
+        return getattr(self._here, "stream", Stream(0, self.waits))
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -184,8 +198,8 @@ class FakeCuda:
         self.launch("gemm")
 
     def _maybe_refuse(self, call: str, graph: CUDAGraph) -> None:
-        error = self.refusals.pop(call, None)
-        if error is not None:
+        if self.refusals.get(call):
+            error = self.refusals[call].pop(0)
             # Running out of memory is the allocator's error; CUDA has seen none.
             graph.is_lost = not isinstance(error, OutOfMemoryError)
             raise error
@@ -211,7 +225,7 @@ class FakeCuda:
     @property
     def is_clean(self) -> bool:
         """Whether no capture is underway or left half ended."""
-        return not self._captures and not self._turned_to
+        return not self._captures and not self._turned_to and not self._generator_captures
 
 
 class Event:
@@ -244,6 +258,7 @@ class CUDAGraph:
         assert capture_error_mode == "thread_local"
         stream = cuda.current_stream()
         assert stream != Stream(0), "CUDA graphs must be captured on a non-default stream"
+        cuda._generator_captures = not cuda.is_later
         self._handle = pool
         self.pool = cuda._begin_allocate(pool)
         cuda._maybe_refuse("capture_begin", self)
@@ -269,6 +284,7 @@ class CUDAGraph:
                 cuda._end_allocate(0, self._handle)
             raise
         cuda._end_allocate(0, self._handle)
+        cuda._generator_captures = False
         self._has_ended = True
         cuda.graphs += 1
 

@@ -410,7 +410,7 @@ def test_a_recording_that_fails_costs_no_forward(monkeypatch: pytest.MonkeyPatch
     plain = copy.deepcopy(model)
     encoder_fast.patch(model, "reference", cuda_graphs=True, strict=True)
     call = call_of(model, LENGTHS[0])
-    cuda.refusals["capture_end"] = RuntimeError("refused")
+    cuda.refusals["capture_end"] = [RuntimeError("refused")]
     # tried once
     for _ in range(4):
         expect_parity(model, plain, call)

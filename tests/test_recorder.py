@@ -54,6 +54,16 @@ def test_what_is_recorded_runs_again(cuda: FakeCuda, device_recorder: CudaRecord
         assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
 
 
+def test_the_stream_to_record_on_comes_after_the_callers_and_before_it(
+    cuda: FakeCuda, device_recorder: CudaRecorder
+) -> None:
+    """PyTorch writes there what graphs of the caller may read."""
+    device_recorder.record(forward(cuda), [])
+    own = cuda.waits[0][0]
+    assert own != HOME
+    assert cuda.waits == [(own, HOME), (HOME, own)]
+
+
 def test_recorded_again_after_all_were_dropped(
     cuda: FakeCuda, device_recorder: CudaRecorder
 ) -> None:
@@ -83,7 +93,7 @@ def test_a_failure_leaves_no_trace(
     """Also as the first recording of all."""
     earlier: list[Recording] = []
     for _ in range(2):
-        cuda.refusals[call] = RuntimeError("refused")
+        cuda.refusals[call] = [RuntimeError("refused")]
         with pytest.raises(RecordingFailedError, match="RuntimeError: refused"):
             device_recorder.record(forward(cuda), [])
         assert cuda.current_stream() == HOME
@@ -93,6 +103,20 @@ def test_a_failure_leaves_no_trace(
         earlier.append(device_recorder.record(forward(cuda), []))
         for recording in earlier:
             assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
+
+
+def test_one_failure_after_another(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    errors: list[Exception] = [RuntimeError("refused") for _ in range(5)]
+    cuda.refusals["capture_end"] = errors
+    with pytest.raises(RecordingFailedError):
+        device_recorder.record(forward(cuda), [])
+    # it, and the recording that was to mend what it left behind
+    assert len(errors) == 3
+    errors.clear()
+    gc.collect()
+    recording = device_recorder.record(forward(cuda), [])
+    assert cuda.is_clean
+    assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
 
 
 def test_a_forward_that_fails_fails_the_recording(
@@ -131,7 +155,7 @@ def test_room_is_made(
     monkeypatch.setattr(fake.cuda, "empty_cache", lambda: emptied.append(cuda.is_clean))
     device_recorder.record(forward(cuda), [])
     assert not emptied
-    cuda.refusals["launch"] = OutOfMemoryError("full")
+    cuda.refusals["launch"] = [OutOfMemoryError("full")]
     recording = device_recorder.record(forward(cuda), [])
     assert emptied == [True]
     assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
@@ -225,6 +249,7 @@ def test_garbage_is_not_collected_while_recording(
 def test_turns_come_one_after_another(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
     recording = device_recorder.record(forward(cuda), [])
     streams = [cuda.Stream() for _ in range(2)]
+    cuda.waits.clear()
     for stream in streams:
         with cuda.stream(stream):
             replay(cuda, device_recorder, recording)
@@ -333,6 +358,7 @@ def test_on_a_card() -> None:
         with pytest.raises(RecordingFailedError):
             device_recorder.record(waits, [])
         assert torch.cuda.current_stream() == home
+        torch.rand(1, device="cuda")
         for _ in range(2):  # each is dropped
             expect_right(device_recorder.record(multiply, []))
             torch.cuda.empty_cache()

@@ -137,15 +137,20 @@ class CudaRecorder:
             torch.cuda.empty_cache()
             return self._capture(run)
 
-    def _capture(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(
+        self, run: Callable[[], Tensor], *, after_failure: bool = False
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         if self._stream is None:
             self._stream = _new_stream(self._device)
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, home, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), self._stream
+        # Nothing of ours runs there. But PyTorch 2.11 begins by writing the state of random numbers
+        # that graphs of the caller may be reading.
+        stream.wait_stream(home)
         try:
             # Not by `torch.cuda.graph`: it waits for the device, which breaks what other threads
             # record, and leaves this thread on the stream when a recording fails to begin or end.
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
                 # Other threads may go on with work of theirs, unless they wait for the device.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
@@ -159,12 +164,20 @@ class CudaRecorder:
         except BaseException:
             if self._last_graph is not graph:
                 self._abandon()
+                if not after_failure:
+                    # PyTorch 2.11 refuses random numbers until a recording has ended well.
+                    with suppress(RuntimeError):
+                        self._capture(self._one_kernel, after_failure=True)
             raise
+        home.wait_stream(stream)
         return graph, output
 
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         graph.capture_end()
         self._last_graph = graph
+
+    def _one_kernel(self) -> Tensor:
+        return torch.zeros(1, device=self._device)
 
     def _abandon(self) -> None:
         """Record somewhere else from now on: a recording that did not end leaves the pool in
