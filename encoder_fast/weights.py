@@ -22,7 +22,7 @@ that did (:mod:`encoder_fast.streams`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import is_
 from threading import Lock
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from encoder_fast.errors import NotFastError
 from encoder_fast.fingerprints import Samples, checksum_of_all
+from encoder_fast.looks import is_in_doubt, places_of, versions_of
 from encoder_fast.ops import linear
 from encoder_fast.ops.linear import PreparedFeedForward, PreparedLinear
 from encoder_fast.position_tables import project_positions
@@ -79,8 +80,8 @@ class _Look:
     an epsilon of their own."""
 
     tensors: list[Tensor | None]
-    places: Sequence[tuple | None]
-    versions: list[int | None]
+    places: object
+    versions: object
     table_epsilon: float | None
 
     def finds_same_tensors(self, other: _Look) -> bool:
@@ -227,11 +228,11 @@ class WeightCache:
             live is not None
             and live.weights is weights
             and look.finds_same_tensors(live.look)
-            and _are_unchanged(look.versions, live.look.versions)
+            and look.versions == live.look.versions
+            and not is_in_doubt(look.versions)
         )
 
     def _look(self) -> _Look:
-        # By loops without calls: this is a good part of what a short text takes the host.
         try:
             tensors = [module._parameters[name] for module, name in self._prepared]
         except KeyError:
@@ -240,14 +241,10 @@ class WeightCache:
             raise NotFastError(reason) from None
         for module in self._unprepared:
             tensors += module._parameters.values()
-        versions = [_version(tensor) for tensor in tensors[: self._counted]]
         norm = None if self._positions is None else self._positions.norm
         eps = None if norm is None else epsilon(norm)
-        places = [
-            None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype, type(t))
-            for t in tensors
-        ]
-        return _Look(tensors, places, versions, eps)
+        versions = versions_of(tensors[: self._counted])
+        return _Look(tensors, places_of(tensors), versions, eps)
 
     def _verified(self, like: Tensor, tokens: int) -> EncoderWeights:
         known, look = self._copied, self._look()
@@ -280,7 +277,9 @@ class WeightCache:
             self._live = live = self._prepare_live(look)
             self._tokens = 0
         elif (
-            not _are_unchanged(look.versions, live.look.versions) or self._tokens >= REWRITE_TOKENS
+            look.versions != live.look.versions
+            or is_in_doubt(look.versions)
+            or self._tokens >= REWRITE_TOKENS
         ):
             self._write(live)
             live.look = look
@@ -427,17 +426,6 @@ def _qkv_bias(layer: LayerSpec) -> Tensor | None:
     q_bias, v_bias = module.q_bias.detach(), module.v_bias.detach()
     parts = (q_bias, torch.zeros_like(q_bias), v_bias)
     return torch.stack([part.view(-1, attention.head_size) for part in parts], dim=1).view(-1)
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    """How often autograd saw a tensor change; ``None`` where nobody counts."""
-    if tensor is None:
-        return 0
-    return None if tensor.is_inference() else tensor._version
-
-
-def _are_unchanged(now: list[int | None], before: list[int | None]) -> bool:
-    return now == before and None not in now
 
 
 def _is_capturing(like: Tensor) -> bool:

@@ -6,6 +6,7 @@
 #include "cpu/add_layer_norm.h"
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
+#include "cpu/objects.h"
 #include "cpu/same_bytes.h"
 
 namespace encoder_fast::cpu {
@@ -53,6 +54,17 @@ bool bind_same_bytes(Address runs, int64_t count, Address expected) {
     return same_bytes(static_cast<const Run*>(pointer(runs)), count, pointer(expected));
 }
 
+bool bind_are_quiet(pybind11::list edges) { return are_quiet(edges.ptr()); }
+
+pybind11::bytes bind_places_of(pybind11::list tensors, pybind11::object api, pybind11::object type,
+                               pybind11::object other_type) {
+    return places_of(tensors.ptr(), api.ptr(), type.ptr(), other_type.ptr());
+}
+
+pybind11::bytes bind_versions_of(pybind11::list tensors, pybind11::object descriptor) {
+    return versions_of(tensors.ptr(), descriptor.ptr());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -60,6 +72,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("attention_workspace", attention_workspace);
     m.def("add_layer_norm", bind_add_layer_norm);
     m.def("same_bytes", bind_same_bytes);
+    m.def("are_quiet", bind_are_quiet);
+    m.def("places_of", bind_places_of);
+    m.def("versions_of", bind_versions_of);
     m.def("best_isa", [] { return static_cast<int>(best_isa()); });
     // To be changed with what any of these takes or gives; cpu_kernels.py knows it too.
     m.attr("INTERFACE") = 3;

@@ -55,6 +55,8 @@ _FLAGS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache
 # Heads of ModernBERT in transformers 4 repeat what the inputs' shape says.
 _SIZES = ("batch_size", "seq_len")
 
+_KNOWN = frozenset((*_TENSORS, *_FLAGS, *_SIZES))
+
 
 def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -> Arguments:
     """The call's arguments.
@@ -70,7 +72,7 @@ def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -
         raise NotFastError("an argument given twice")
     given.update(kwargs)
     for name, value in given.items():
-        if value is not None and name not in (*_TENSORS, *_FLAGS, *_SIZES):
+        if value is not None and name not in _KNOWN:
             raise NotFastError(f"argument {name}")
     for name in _TENSORS:
         value = given.get(name)

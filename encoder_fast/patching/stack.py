@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from encoder_fast.errors import NotFastError
+from encoder_fast.looks import Edge, are_quiet
 
 # transformers leaves these on layers once attentions were asked for; they do nothing on their own.
 _HARMLESS_HOOKS = "transformers.utils.output_capturing"
@@ -22,9 +23,8 @@ class Stack:
     """The subtree under some children of a model, as it was when it was read."""
 
     def __init__(self, model: nn.Module, children: tuple[str, ...]) -> None:
-        self._edges: list[tuple[dict[str, Any], str, nn.Module, Any]] = []
+        self._edges: list[Edge] = []
         self._forwards: dict[Any, Any] = {}
-        self._sizes: list[tuple[dict[str, nn.Module | None], int]] = []
         for name in children:
             self._watch(model, name)
 
@@ -33,9 +33,9 @@ class Stack:
         if child is None:
             return
         cls: Any = type(child)
-        self._edges.append((parent._modules, name, child, cls))
+        children = child._modules
+        self._edges.append((parent._modules, name, child, cls, children, len(children)))
         self._forwards[cls] = cls.forward
-        self._sizes.append((child._modules, len(child._modules)))
         for grandchild in child._modules:
             self._watch(child, grandchild)
 
@@ -50,8 +50,12 @@ class Stack:
         for cls, forward in self._forwards.items():
             if cls.forward is not forward:
                 return False
-        for children, name, child, cls in self._edges:
-            if children.get(name) is not child or type(child) is not cls:
+        if are_quiet(self._edges):
+            return True
+        for siblings, name, child, cls, children, count in self._edges:
+            if siblings.get(name) is not child or type(child) is not cls:
+                return False
+            if len(children) != count:
                 return False
             state = child.__dict__
             if (
@@ -61,7 +65,7 @@ class Stack:
                 or "forward" in state
             ):
                 _object(name, cls, state)
-        return all([len(children) == size for children, size in self._sizes])
+        return True
 
 
 def _object(name: str, cls: Any, state: dict[str, Any]) -> None:
