@@ -47,6 +47,14 @@ def test_the_innermost_loop_with_products_is_the_main_one() -> None:
     assert found.around.issue == 4 and found.around.global_bytes == 512
 
 
+def test_a_loop_with_a_few_products_of_its_own_is_around() -> None:
+    # Every pass through the outer loop prepares the first step of the inner one.
+    hgmma = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24"
+    lines = [hgmma, hgmma, hgmma, "@P2 BRA to 1", "@!P1 BRA to 0", "EXIT"]
+    found = analyse(program("\n".join(lines)))
+    assert found.step is not None and found.step.issue == 3
+
+
 MASKED = """
     HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24
     @P0 BRA to 5

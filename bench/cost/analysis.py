@@ -41,14 +41,15 @@ def analyse(code: Sequence[Instruction]) -> Analysis:
 
 
 def main_loop(graph: Graph, loops: Sequence[Loop]) -> Loop | None:
-    """The innermost loop with the most products or, in a kernel without any, the innermost one
+    """The innermost loop with most of the products or, in a kernel without any, the innermost one
     through which most of its bytes go."""
     if not loops:
         return None
     work = {loop: count(graph.path(loop, work_of)) for loop in loops}
     products = max(counts.tensor_fma for counts in work.values())
     if products:
-        best = [loop for loop in loops if work[loop].tensor_fma == products]
+        # A loop around it may have a few of its own, such as what the first step needs.
+        best = [loop for loop in loops if 2 * work[loop].tensor_fma > products]
         return min(best, key=lambda loop: len(loop.blocks))
     whole = count(graph.path(None, work_of))
     if whole.tensor_fma:
