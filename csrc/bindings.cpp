@@ -9,6 +9,7 @@
 #include "add_layer_norm.h"
 #include "attention.h"
 #include "bias_gelu.h"
+#include "disentangled_attention.h"
 #include "embed_layer_norm.h"
 
 #ifdef ENCODER_FAST_HOST
@@ -71,25 +72,55 @@ void bind_bias_gelu(Address x, int64_t x_stride, Address bias, int bias_dtype, A
               {device, pointer(stream)});
 }
 
+// (total, heads, head_dim), or a table's rows in place of the tokens.
+Heads heads_of(Address address, int64_t row, int64_t head) { return {pointer(address), row, head}; }
+
+AttentionArguments attention_arguments(const Heads& q, const Heads& k, const Heads& v, Address out,
+                                       Address cu_seqlens, Address workspace, int total, int batch,
+                                       int heads, int head_dim, int max_seqlen,
+                                       float softmax_scale, int dtype) {
+    return {q,
+            k,
+            v,
+            pointer(out),
+            static_cast<const int32_t*>(pointer(cu_seqlens)),
+            pointer(workspace),
+            total,
+            batch,
+            heads,
+            head_dim,
+            max_seqlen,
+            softmax_scale,
+            static_cast<DType>(dtype)};
+}
+
 void bind_attention(Address q, int64_t q_row, int64_t q_head, Address k, int64_t k_row,
                     int64_t k_head, Address v, int64_t v_row, int64_t v_head, Address out,
                     Address cu_seqlens, Address workspace, int total, int batch, int heads,
                     int head_dim, int max_seqlen, float softmax_scale, int dtype, int device,
                     Address stream) {
-    attention({{pointer(q), q_row, q_head},
-               {pointer(k), k_row, k_head},
-               {pointer(v), v_row, v_head},
-               pointer(out),
-               static_cast<const int32_t*>(pointer(cu_seqlens)),
-               pointer(workspace),
-               total,
-               batch,
-               heads,
-               head_dim,
-               max_seqlen,
-               softmax_scale,
-               static_cast<DType>(dtype)},
+    attention(attention_arguments(heads_of(q, q_row, q_head), heads_of(k, k_row, k_head),
+                                  heads_of(v, v_row, v_head), out, cu_seqlens, workspace, total,
+                                  batch, heads, head_dim, max_seqlen, softmax_scale, dtype),
               {device, pointer(stream)});
+}
+
+void bind_disentangled_attention(Address q, int64_t q_row, int64_t q_head, Address k,
+                                 int64_t k_row, int64_t k_head, Address v, int64_t v_row,
+                                 int64_t v_head, Address pos_key, int64_t pos_key_row,
+                                 int64_t pos_key_head, Address pos_query, int64_t pos_query_row,
+                                 int64_t pos_query_head, Address row_of_distance, int reach,
+                                 Address out, Address cu_seqlens, Address workspace, int total,
+                                 int batch, int heads, int head_dim, int max_seqlen,
+                                 float softmax_scale, int dtype, int device, Address stream) {
+    disentangled_attention(
+        {attention_arguments(heads_of(q, q_row, q_head), heads_of(k, k_row, k_head),
+                             heads_of(v, v_row, v_head), out, cu_seqlens, workspace, total, batch,
+                             heads, head_dim, max_seqlen, softmax_scale, dtype),
+         heads_of(pos_key, pos_key_row, pos_key_head),
+         heads_of(pos_query, pos_query_row, pos_query_head),
+         static_cast<const int32_t*>(pointer(row_of_distance)), reach},
+        {device, pointer(stream)});
 }
 
 }  // namespace
@@ -99,6 +130,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
     m.def("embed_layer_norm", bind_embed_layer_norm);
     m.def("bias_gelu", bind_bias_gelu);
     m.def("attention", bind_attention);
+    m.def("disentangled_attention", bind_disentangled_attention);
     m.def("attention_workspace_bytes", attention_workspace_bytes);
 #ifdef ENCODER_FAST_HOST
     m.def("allow", emulation::allow);

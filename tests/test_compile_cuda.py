@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from bench.cost.analysis import analyse
 from bench.cost.cuda_binary import CompiledKernel, cuobjdump, extension, read_kernels
 from bench.cost.sass import Instruction
-from encoder_fast.backends.cuda_kernels import HEAD_SIZES
+from encoder_fast.backends.cuda_kernels import HEAD_SIZES, HEAD_SIZES_OF_OP
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = extension()
@@ -28,7 +29,10 @@ ARCHS = ("sm_80", "sm_90a")
 
 ROW_KERNEL = re.compile(r"_layer_norm_kernel<RowTraits<(\w+), (\d+), (\d+), \d+>")
 GELU_KERNEL = re.compile(r"bias_gelu_kernel<GeluTraits<(\w+), (\d+)>")
-ATTENTION_KERNEL = re.compile(r"(?:key_loop|one_tile)_kernel<\w+<(\w+), (\d+),")
+ATTENTION_KERNEL = re.compile(r"(?:key_loop|one_tile|disentangled)_kernel<\w+<(\w+), (\d+),")
+DISENTANGLED_KERNEL = re.compile(
+    r"disentangled_kernel<\w+<(\w+), (\d+), (\w+), (\w+), (\d+), (\d+)>"
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,15 @@ def test_both_architectures_have_every_kernel(kernels: list[CompiledKernel]) -> 
         *(("float", "1"), ("Half", "1"), ("BFloat16", "1")),
     }
     attention = {(m[1], int(m[2])) for m in map(ATTENTION_KERNEL.search, names["sm_80"]) if m}
+    disentangled = [m for m in map(DISENTANGLED_KERNEL.search, names["sm_80"]) if m]
+    # Head size, which of the two tables there are, and warps.
+    assert {(m[1], int(m[2]), m[3], m[4], int(m[5])) for m in disentangled} == {
+        (t, d, key, query, warps)
+        for t in ("Half", "BFloat16")
+        for d in HEAD_SIZES_OF_OP["disentangled_attention"]
+        for key, query in (("true", "true"), ("true", "false"), ("false", "true"))
+        for warps in (2, 4)
+    }
     assert HEAD_SIZES is not None
     assert attention == {(t, d) for t in ("Half", "BFloat16") for d in HEAD_SIZES}
 
@@ -109,6 +122,30 @@ def test_attention_is_on_the_matrix_units(kernels: list[CompiledKernel]) -> None
         assert kernel.count(r"LDSM\..*\.4"), kernel.name
         assert kernel.count(r"LDGSTS\..*\.128"), kernel.name
         assert not kernel.count(r"LDGSTS\..*\.(32|64)"), kernel.name
+
+
+@needs_the_extension
+def test_positions_take_no_detour(kernels: list[CompiledKernel]) -> None:
+    """A tile of disentangled attention: one barrier, no product beside those counted in
+    docs/kernels/disentangled_attention.md, and a shuffle for each element of the query's term, one
+    for two of the key's, and 8 for the rows' maxima."""
+    found = 0
+    for kernel in kernels:
+        match = DISENTANGLED_KERNEL.search(kernel.name)
+        if match is None:
+            continue
+        found += 1
+        has_key, has_query = match[3] == "true", match[4] == "true"
+        analysis = analyse(kernel.code)
+        assert analysis.barriers == 1, kernel.name
+        step = analysis.step
+        assert step is not None and step.copy_waits == 1, kernel.name
+        # 32 rows by 32 keys for each 16 elements of a head: 8 products for q k, p v, the key's
+        # term, and 12 for the query's.
+        products = int(match[2]) // 16 * (16 + 8 * has_key + 12 * has_query)
+        assert sum(step.shapes.values()) == products, kernel.name
+        assert step.shuffle == 8 + 16 * has_key + 32 * has_query, kernel.name
+    assert found == 2 * 24
 
 
 @needs_the_extension

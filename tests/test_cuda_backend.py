@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from berts import DTYPES, tiny
+from disentangled_oracle import problem
 from kernel_backends import DEVICE, kernel_backends
 from layer_norm_oracle import surrounded_by_nan
 from torch import Tensor
@@ -47,7 +48,7 @@ def attend(q: Tensor, k: Tensor | None = None) -> Tensor:
     ("call", "message"),
     [
         (lambda: attend(packed(dtype=torch.float32)), "in attention, got torch.float32"),
-        (lambda: attend(packed(size=16)), r"runs head sizes \[32, 64, 128\], got 16"),
+        (lambda: attend(packed(size=16)), r"runs head sizes \[32, 64, 128\] in attention, got 16"),
         # Both would be read by misaligned accesses of 16 bytes.
         (
             lambda: attend(random(4, 2 * 36)[:, : 2 * 36].view(4, 2, 36)[..., :32]),
@@ -207,7 +208,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the backends whose ops were called, as they are."""
     called: list[str] = []
     for name in ("triton", str(CUDA)):
-        for op in ("attention", "add_layer_norm"):
+        for op in ("attention", "disentangled_attention", "add_layer_norm"):
             original = getattr(load(name), op)
 
             def record(*arguments, name=name, original=original):
@@ -267,6 +268,42 @@ def test_auto_says_what_it_chose(faked_table, monkeypatch: pytest.MonkeyPatch) -
     assert resolve("auto", gpu)[0] == "triton", "the extension is not there"
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype", "winner"),
+    [
+        (32, torch.float16, CUDA),
+        (64, torch.bfloat16, CUDA),
+        (64, torch.float32, "triton"),
+        (128, torch.float16, "triton"),
+    ],
+)
+def test_predicted_attention(calls, monkeypatch, size, dtype, winner) -> None:
+    monkeypatch.setattr(measurements, "TABLE", {})
+    if CUDA != "cuda":
+        monkeypatch.setattr(measurements, "winner", lambda *call: str(CUDA))
+    one = problem((5,), dtype, heads=1, head_dim=size, device=DEVICE)
+    load("measured").disentangled_attention(*one.arguments)
+    assert calls == [winner]
+
+
+def test_a_record_overrides_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, dtype = torch.device("cuda", 0), torch.float16
+    op, needs = "disentangled_attention", frozenset({"disentangled_attention", "rotary"})
+    monkeypatch.setattr(backends, "why_not", lambda name, device: None)
+    monkeypatch.setattr(measurements, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(measurements, "TABLE", {})
+    assert resolve("auto", gpu) == ("triton", "auto: the backend for cuda")
+    assert resolve("auto", gpu, needs) == (
+        "measured",
+        "auto: as predicted, disentangled_attention on cuda; the rest on triton",
+    )
+    assert measurements.winner(op, gpu, dtype, "D64-S512") == "cuda"
+    measured = {op: {"float16": {"D64-S512": "triton", "D64-S256": "cuda"}}}
+    monkeypatch.setattr(measurements, "TABLE", {"sm_90": measured})
+    assert measurements.winner(op, gpu, dtype, "D64-S512") == "triton"
+    assert "predicted" not in resolve("auto", gpu, needs)[1]
+
+
 def test_measurements_are_of_known_shapes() -> None:
     """What is committed: nothing that no call would ever look up."""
     sizes = {measurements.norm_class(n) for n in measurements.SIZES}
@@ -277,5 +314,5 @@ def test_measurements_are_of_known_shapes() -> None:
                 assert hasattr(torch, dtype)
                 for shape, winner in shapes.items():
                     assert winner in ("triton", "cuda")
-                    known = lengths if op == "attention" else sizes
+                    known = lengths if "attention" in op else sizes
                     assert shape.removeprefix("D").lstrip("0123456789") in known or shape in known

@@ -18,7 +18,6 @@ CUDA = [name for name in kernel_backends() if name.startswith("cuda")]
     [
         ("modernbert", "rotary, window_size"),
         ("mpnet", "relative_bias"),
-        ("deberta_v2", "disentangled_attention"),
     ],
 )
 def test_a_model_that_needs_more(family: str, lacking: str, backend: str) -> None:
@@ -26,6 +25,18 @@ def test_a_model_that_needs_more(family: str, lacking: str, backend: str) -> Non
     with pytest.raises(encoder_fast.UnsupportedModelError, match=f"has no {lacking}"):
         encoder_fast.patch(model, backend=backend)
     assert encoder_fast.report(model).encoders == ()
+
+
+@pytest.mark.parametrize("backend", CUDA)
+def test_heads_of_a_size_without_positions(backend: str) -> None:
+    # Plain attention has 128.
+    sizes = {"hidden_size": 256, "num_attention_heads": 2}
+    model = zoo.build("deberta_v2", **sizes).half()
+    with pytest.raises(
+        encoder_fast.UnsupportedModelError,
+        match=r"runs head sizes \[32, 64\] in disentangled_attention, got 128",
+    ):
+        encoder_fast.patch(model, backend=backend)
 
 
 @pytest.mark.parametrize("backend", CUDA)

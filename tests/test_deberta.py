@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 from berts import DEVICE, DTYPES, inputs
+from kernel_backends import kernel_backends
 from torch import nn
 
 import encoder_fast
@@ -44,6 +45,10 @@ V2 = {
     "absolute-positions": {"position_biased_input": True, "type_vocab_size": 2},
     "embedding-size": {"position_biased_input": True, "embedding_size": 24, "conv_kernel_size": 3},
 }
+# `auto` runs on what it chooses; the CUDA sources over their emulation where there is no GPU.
+CUDA = [name for name in kernel_backends() if name.startswith("cuda")]
+BACKENDS = ["auto", *CUDA]
+
 CASES = [("deberta", name, changes) for name, changes in V1.items()] + [
     ("deberta_v2", name, changes) for name, changes in V2.items()
 ]
@@ -65,9 +70,20 @@ def test_parity(family: str, changes: dict, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["empty_row", "holes"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", ["convolution", "own-projections", "no-buckets"])
-def test_parity_in_half_precision(name: str, dtype: str, kind: str) -> None:
-    model = zoo.build("deberta_v2", "ForTokenClassification", **V2[name]).to(DTYPES[dtype])
-    report = encoder_fast.check_parity(model, inputs(kind))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parity_in_half_precision(backend: str, name: str, dtype: str, kind: str) -> None:
+    changes = {**V2[name], **zoo.sizes_for(backend, "deberta_v2", DTYPES[dtype])}
+    model = zoo.build("deberta_v2", "ForTokenClassification", **changes).to(DTYPES[dtype])
+    report = encoder_fast.check_parity(model, inputs(kind), backend=backend)
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("backend", CUDA)
+@cases("deberta", "deberta_v2")
+def test_parity_in_cuda(backend: str, family: str, changes: dict) -> None:
+    changes = {**changes, **zoo.sizes_for(backend, family, torch.float16)}
+    model = zoo.build(family, "ForTokenClassification", **changes).half()
+    report = encoder_fast.check_parity(model, inputs("right"), backend=backend)
     assert report.ok, str(report)
 
 

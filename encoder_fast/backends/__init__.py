@@ -4,8 +4,8 @@
 and later). Each is a module with the same functions; the ops choose one and call it.
 ``cuda-host`` is ``cuda`` over an emulated GPU, for tests.
 
-``auto`` becomes ``cpu`` or ``triton`` by the device, or ``measured`` where a table of measurements
-says that some ops are faster on another.
+``auto`` becomes ``cpu`` or ``triton`` by the device, or ``measured`` where a table of measurements,
+or a prediction as long as there is none, says that some ops are faster on another.
 """
 
 from __future__ import annotations
@@ -81,8 +81,13 @@ def _why_no_extension() -> str | None:
     return None
 
 
-def resolve(name: str, device: torch.device) -> tuple[str, str]:
+def resolve(
+    name: str, device: torch.device, needs: frozenset[str] = frozenset()
+) -> tuple[str, str]:
     """Choose the backend for a device.
+
+    Args:
+        needs: what not every backend has and an encoder asks for, as ``EncoderSpec.needs`` says it.
 
     Returns:
         The backend's name and, for a reader, why it was chosen.
@@ -104,7 +109,11 @@ def resolve(name: str, device: torch.device) -> tuple[str, str]:
     if reason is not None:
         raise BackendUnavailableError(reason)
     if choice == "triton" and why_not("cuda", device) is None:
-        faster = measurements.faster_ops(device)
-        if faster:
-            return "measured", f"auto: as measured, {faster} on cuda, the rest on triton"
+        found = {
+            "measured": measurements.faster_ops(device),
+            "predicted": measurements.predicted_ops(device, needs),
+        }
+        reasons = [f"as {how}, {ops} on cuda" for how, ops in found.items() if ops]
+        if reasons:
+            return "measured", f"auto: {'; '.join(reasons)}; the rest on triton"
     return choice, f"auto: the backend for {device.type}"

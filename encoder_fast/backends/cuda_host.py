@@ -11,6 +11,7 @@ from encoder_fast.backends.cuda_kernels import (
     DTYPES,
     DTYPES_OF_OP,
     HEAD_SIZES,
+    HEAD_SIZES_OF_OP,
     LACKING,
     MAX_WIDTH,
     CudaKernels,
@@ -23,12 +24,14 @@ __all__ = [
     "DTYPES",
     "DTYPES_OF_OP",
     "HEAD_SIZES",
+    "HEAD_SIZES_OF_OP",
     "LACKING",
     "MAX_WIDTH",
     "add_layer_norm",
     "add_layer_norm_sum",
     "attention",
     "count_tokens",
+    "disentangled_attention",
     "embed_layer_norm",
     "feed_forward_prepared",
     "linear",
@@ -44,6 +47,7 @@ _kernels = CudaKernels(importlib.import_module("_cuda_host"))
 add_layer_norm = _kernels.add_layer_norm
 add_layer_norm_sum = _kernels.add_layer_norm_sum
 attention = _kernels.attention
+disentangled_attention = _kernels.disentangled_attention
 embed_layer_norm = _kernels.embed_layer_norm
 feed_forward_prepared = _kernels.feed_forward_prepared
 linear = _kernels.linear

@@ -9,6 +9,7 @@ GEMMs stay with cuBLAS, pooling with PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -18,6 +19,7 @@ from encoder_fast.backends import linears
 from encoder_fast.backends.linears import Activation, PreparedFeedForward, PreparedLinear
 
 HEAD_SIZES: frozenset[int] | None = frozenset({32, 64, 128})
+HEAD_SIZES_OF_OP: dict[str, frozenset[int]] = {"disentangled_attention": frozenset({32, 64})}
 MAX_WIDTH: int | None = 8192
 # What a whole encoder may be in: attention has no float32 kernel.
 DTYPES = (torch.float16, torch.bfloat16)
@@ -27,7 +29,7 @@ DTYPES_OF_OP = dict.fromkeys(
 )
 
 # What an encoder may need and these kernels don't have, in the words of EncoderSpec.needs.
-LACKING = frozenset({"rotary", "disentangled_attention", "window_size", "relative_bias"})
+LACKING = frozenset({"rotary", "window_size", "relative_bias"})
 
 # The numbers that csrc/dtype.h gives them.
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -146,6 +148,44 @@ class CudaKernels:
         for name, value in (("window_size", window_size), ("relative_bias", relative_bias)):
             if value is not None:
                 raise ValueError(f"backend 'cuda' attends without {name}; backend 'triton' has it")
+        operands = {"q": q, "k": k, "v": v}
+        return self._attend("attention", operands, None, cu_seqlens, max_seqlen, softmax_scale)
+
+    def disentangled_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pos_key: Tensor | None,
+        pos_query: Tensor | None,
+        row_of_distance: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+    ) -> Tensor:
+        if pos_key is None and pos_query is None:
+            return self.attention(q, k, v, cu_seqlens, max_seqlen, softmax_scale)
+        operands = {"q": q, "k": k, "v": v, "pos_key": pos_key, "pos_query": pos_query}
+        return self._attend(
+            "disentangled_attention",
+            operands,
+            row_of_distance,
+            cu_seqlens,
+            max_seqlen,
+            softmax_scale,
+        )
+
+    def _attend(
+        self,
+        function: str,
+        operands: Mapping[str, Tensor | None],
+        row_of_distance: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        softmax_scale: float,
+    ) -> Tensor:
+        q = operands["q"]
+        assert q is not None
         total, heads, head_size = q.shape
         if total > _INT32_MAX:
             raise ValueError(f"backend 'cuda' attends over 2**31 - 1 tokens at most, got {total}")
@@ -157,10 +197,9 @@ class CudaKernels:
         workspace_bytes = self._extension.attention_workspace_bytes(total, batch, longest)
         workspace = torch.empty((1, workspace_bytes), dtype=torch.uint8, device=q.device)
         self._call(
-            "attention",
-            *self._heads("q", q),
-            *self._heads("k", k),
-            *self._heads("v", v),
+            function,
+            *(number for name, x in operands.items() for number in self._heads(name, x)),
+            *self._distances(row_of_distance),
             self._address(out, written=True),
             self._address(cu_seqlens),
             self._address(workspace, written=True),
@@ -251,8 +290,16 @@ class CudaKernels:
             ids.dtype == torch.int64,
         )
 
-    def _heads(self, name: str, heads: Tensor) -> tuple[int, int, int]:
+    def _distances(self, row_of_distance: Tensor | None) -> tuple[int, ...]:
+        """Address and reach, where the operation has them."""
+        if row_of_distance is None:
+            return ()
+        return self._address(row_of_distance), row_of_distance.numel() // 2
+
+    def _heads(self, name: str, heads: Tensor | None) -> tuple[int, int, int]:
         """Address, row stride and head stride of ``(total, H, D)``."""
+        if heads is None:
+            return 0, 0, 0
         # A dimension of one has any stride.
         row_stride, head_stride = (0 if heads.shape[i] == 1 else heads.stride(i) for i in range(2))
         for what, elements in (("row stride", row_stride), ("head stride", head_stride)):
@@ -268,6 +315,13 @@ class CudaKernels:
                 f"multiple of them, got address {address:#x}"
             )
         return address, row_stride, head_stride
+
+
+def is_aligned(heads: Tensor) -> bool:
+    """Whether every head of ``(total, H, D)`` begins where an access may."""
+    strides = [heads.stride(i) for i in range(2) if heads.shape[i] > 1]
+    offsets = [heads.data_ptr(), *(stride * heads.element_size() for stride in strides)]
+    return all(offset % _ACCESS_BYTES == 0 for offset in offsets)
 
 
 def _place(like: Tensor) -> tuple[int, int]:

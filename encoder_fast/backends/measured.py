@@ -1,4 +1,4 @@
-"""Each op on the backend that was measured to be the fastest for its shape, ``triton`` otherwise.
+"""Each op on the backend that was measured, or is predicted, to be the fastest for its shape.
 
 What ``auto`` uses where :mod:`~encoder_fast.backends.measurements` says anything. Linears are
 ``triton``'s, for their weights are prepared once, ahead of any shape.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from encoder_fast.backends import load, measurements
+from encoder_fast.backends import cuda_kernels, load, measurements
 
 _TRITON = load("triton")
 
@@ -18,7 +18,6 @@ DTYPES = _TRITON.DTYPES
 RECORDABLE = _TRITON.RECORDABLE
 
 count_tokens = _TRITON.count_tokens
-disentangled_attention = _TRITON.disentangled_attention
 feed_forward_prepared = _TRITON.feed_forward_prepared
 linear = _TRITON.linear
 linear_prepared = _TRITON.linear_prepared
@@ -45,6 +44,27 @@ def attention(
         name = measurements.winner("attention", q.device, q.dtype, shape)
     return load(name).attention(
         q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size, relative_bias
+    )
+
+
+def disentangled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    row_of_distance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> Tensor:
+    name, size = "triton", q.shape[2]
+    sizes = cuda_kernels.HEAD_SIZES_OF_OP["disentangled_attention"]
+    if q.dtype in cuda_kernels.DTYPES and size in sizes:
+        shape = measurements.attention_class(size, max_seqlen)
+        name = measurements.winner("disentangled_attention", q.device, q.dtype, shape)
+    return load(name).disentangled_attention(
+        q, k, v, pos_key, pos_query, row_of_distance, cu_seqlens, max_seqlen, softmax_scale
     )
 
 

@@ -5,8 +5,9 @@
     {"sm_90": {"attention": {"float16": {"D64-S256": "cuda"}}}}
 
 A shape class is the next larger size in ``SIZES`` or ``LENGTHS``: attention over heads of 64 and
-sequences of up to 200 tokens is ``D64-S256``, LayerNorm of 700 columns ``N768``. What is not in the
-table runs on ``triton``. The table holds only what a record in ``bench/results/`` shows.
+sequences of up to 200 tokens is ``D64-S256``, LayerNorm of 700 columns ``N768``. The table holds
+only what a record in ``bench/results/`` shows. What is not in it runs on ``triton``, but for the
+ops in ``PREDICTED``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ import torch
 
 LENGTHS = (32, 64, 128, 256, 384, 512, 1024, 2048, 4096, 8192)
 SIZES = (128, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+
+# What runs on ``cuda`` until a record says otherwise: counted from compiled code, a multiple faster
+# than in Triton. docs/kernels/disentangled_attention.md has the figures.
+PREDICTED = frozenset({"disentangled_attention"})
 
 Table = dict[str, dict[str, dict[str, dict[str, str]]]]
 
@@ -39,7 +44,8 @@ def norm_class(width: int) -> str:
 def winner(op: str, device: torch.device, dtype: torch.dtype, shape: str) -> str:
     """The backend for an op on a GPU."""
     by_dtype = TABLE.get(architecture(device), {}).get(op, {})
-    return by_dtype.get(str(dtype).removeprefix("torch."), {}).get(shape, "triton")
+    unmeasured = "cuda" if op in PREDICTED else "triton"
+    return by_dtype.get(str(dtype).removeprefix("torch."), {}).get(shape, unmeasured)
 
 
 def faster_ops(device: torch.device) -> str:
@@ -50,6 +56,13 @@ def faster_ops(device: torch.device) -> str:
         for op, by_dtype in ops.items()
         if any("cuda" in by_shape.values() for by_shape in by_dtype.values())
     )
+
+
+def predicted_ops(device: torch.device, needs: frozenset[str]) -> str:
+    """The ops of an encoder that run on ``cuda`` on this GPU without a measurement of them there,
+    for a reader; empty for none."""
+    measured = TABLE.get(architecture(device), {})
+    return ", ".join(sorted(needs & PREDICTED - set(measured)))
 
 
 def _next(ladder: tuple[int, ...], size: int) -> int:

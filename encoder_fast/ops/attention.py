@@ -119,12 +119,14 @@ def _check_relative_bias(relative_bias: Tensor, q: Tensor) -> None:
         raise ValueError(f"relative_bias is on {relative_bias.device}, q on {q.device}")
 
 
-def why_no_head_size(backend: str, head_size: int) -> str | None:
+def why_no_head_size(backend: str, head_size: int, op: str = "attention") -> str | None:
     """Why a backend's attention can't run a head size; ``None`` where it can."""
-    known = load(backend).HEAD_SIZES
+    module = load(backend)
+    # Only backends whose kinds of attention differ have the second.
+    known = getattr(module, "HEAD_SIZES_OF_OP", {}).get(op, module.HEAD_SIZES)
     if known is None or head_size in known:
         return None
-    return f"backend {backend!r} runs head sizes {sorted(known)}, got {head_size}"
+    return f"backend {backend!r} runs head sizes {sorted(known)} in {op}, got {head_size}"
 
 
 operator = Operator(

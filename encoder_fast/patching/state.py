@@ -136,12 +136,14 @@ class EncoderState:
         if not spec.layers:
             raise UnsupportedModelError("no layers, so nothing to run fast")
         device = spec.embeddings.word.weight.device
-        backend, why = resolve(self.backend, device)
+        backend, why = resolve(self.backend, device, spec.needs)
         lacking = spec.needs & getattr(load(backend), "LACKING", frozenset())
         if lacking:
             raise UnsupportedModelError(f"backend {backend!r} has no {', '.join(sorted(lacking))}")
+        by_distance = "disentangled_attention" in spec.needs
+        op = "disentangled_attention" if by_distance else "attention"
         for head_size in sorted(spec.head_sizes):
-            reason = why_no_head_size(backend, head_size)
+            reason = why_no_head_size(backend, head_size, op)
             if reason is not None:
                 raise UnsupportedModelError(reason)
         stack = Stack(model, self.family.stack)
