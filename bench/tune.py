@@ -8,7 +8,7 @@ launcher's own choice by more than noise; otherwise the class stays out of the t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench.compile_ahead import Job, compile_ahead
 from bench.contestant import first_line
 from bench.machine import Machine
 from bench.op_case import WIDTHS, OpCase, to_double
@@ -96,7 +97,7 @@ def _norm_targets(machine: Machine) -> Iterator[Target]:
 
 
 def _attention_targets(machine: Machine) -> Iterator[Target]:
-    from encoder_fast.kernels.attention import choose_config, shape_class
+    from encoder_fast.kernels.attention import CLASS_LENGTHS, choose_config, shape_class
     from encoder_fast.kernels.attention_tiles import shared_memory
 
     if machine.is_fake:
@@ -104,7 +105,8 @@ def _attention_targets(machine: Machine) -> Iterator[Target]:
         tiles, warps, stages = ((16, 16),), (4,), (1,)
     else:
         widths, dtypes = ["minilm", "base"], [torch.float16]
-        batches = [Workload("full", 16384 // length, length) for length in (64, 128, 256, 512)]
+        lengths = (64, 128, *CLASS_LENGTHS)
+        batches = [Workload("full", 16384 // length, length) for length in lengths]
         # below the mean length at which the ladder takes larger tiles
         batches.insert(2, Workload("half", 128, 256))
         tiles, warps, stages = tuple(product((64, 128), (32, 64, 128))), (4, 8), (1, 2, 3)
@@ -113,7 +115,7 @@ def _attention_targets(machine: Machine) -> Iterator[Target]:
         case = OpCase("attention", WIDTHS[width], batch, dtype)
         size, mean = case.width.head_size, batch.tokens // batch.batch
         own = choose_config(size, dtype, batch.longest, mean, shared_memory(machine.device))
-        name = shape_class(size, dtype, own)
+        name = shape_class(size, dtype, own, mean)
         if name in seen:
             continue
         seen.add(name)
@@ -124,6 +126,18 @@ def _attention_targets(machine: Machine) -> Iterator[Target]:
             and (m, n, warp, stage) != (own.block_m, own.block_n, own.num_warps, own.num_stages)
         )
         yield Target("attention", name, case, candidates)
+
+
+def jobs_of(chosen: Iterable[Target]) -> list[Job]:
+    """Every launch of a search, target by target.
+
+    One configuration of two targets may be the same code. So far apart, the second finds it done.
+    """
+    return [
+        Job(target.kernel, target.shape_class, target.case, config)
+        for target in chosen
+        for config in (None, *target.candidates)
+    ]
 
 
 @torch.inference_mode()
@@ -195,11 +209,12 @@ def tune(
     The table is written after each target: a search that is stopped keeps what it has found.
     """
     limits = Limits(most=1, fewest=1, seconds=1) if machine.is_fake else Limits(50, 10, 1.0)
+    chosen = {f"{target.kernel} {target.shape_class}": target for target in targets(machine)}
+    chosen = {k: v for k, v in chosen.items() if all(word in k for word in wanted)}
+    if machine.is_gpu:
+        compile_ahead(jobs_of(chosen.values()), machine.device)
     found: list[Found] = []
-    for target in targets(machine):
-        name = f"{target.kernel} {target.shape_class}"
-        if not all(word in name for word in wanted):
-            continue
+    for name, target in chosen.items():
         result = search(machine, target, limits)
         found.append(result)
         write_table(path, machine.name, found)

@@ -30,6 +30,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,9 +127,18 @@ def choose_config(
     return next(config for limit, config in by_mean if mean <= limit)
 
 
-def shape_class(head_dim: int, dtype: torch.dtype, config: AttentionConfig) -> str:
-    """The class of the launch table for what the ladders launch by `config`."""
-    keys = f"one tile of {config.block_n} keys" if config.one_key_tile else "a loop over keys"
+# Mean lengths that stand for a class of the launch table where keys are looped over, and where the
+# next class begins: what is fastest for few steps of the loop may not be for many.
+CLASS_LENGTHS = (256, 512, 1024, 4096)
+_CLASS_ENDS = (384, 768, 1536)
+
+
+def shape_class(head_dim: int, dtype: torch.dtype, config: AttentionConfig, mean: int) -> str:
+    """The class of the launch table for what the ladders launch by `config` at a mean length."""
+    if config.one_key_tile:
+        keys = f"one tile of {config.block_n} keys"
+    else:
+        keys = f"a loop over about {CLASS_LENGTHS[bisect_left(_CLASS_ENDS, mean)]} keys"
     return f"D{head_dim}, {dtype.itemsize} bytes, {config.block_m} queries, {keys}"
 
 
@@ -153,7 +163,7 @@ def launch_config(
     config = choose_config(head_dim, dtype, longest, mean, shared_memory(device), biased)
     if biased or config.pack_rows:
         return config
-    found = tuned("attention", shape_class(head_dim, dtype, config), device)
+    found = tuned("attention", shape_class(head_dim, dtype, config, mean), device)
     return config if found is None else _with_fields(config, tuple(found.items()))
 
 

@@ -6,6 +6,7 @@ Times are never looked at; who took part, what a record holds and what stops a r
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import time
 from dataclasses import replace
@@ -23,7 +24,7 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is measured, not imitated", allow_module_level=True)
 
 import bench.ops
-from bench import model_peers, record, roofs, timing, tune
+from bench import compile_ahead, model_peers, record, roofs, timing, tune
 from bench.cli import app
 from bench.contestant import Entry, Ready, Unavailable
 from bench.machine import find_machine
@@ -33,7 +34,13 @@ from bench.sources import ROOT, changed, fingerprint, fingerprints, sources_of_o
 from bench.suites import kernels, models, texts
 from bench.workloads import Workload
 from encoder_fast.kernels import launch_table
-from encoder_fast.kernels.attention import choose_config, ladders, launch_config, shape_class
+from encoder_fast.kernels.attention import (
+    CLASS_LENGTHS,
+    choose_config,
+    ladders,
+    launch_config,
+    shape_class,
+)
 from encoder_fast.kernels.attention_tiles import LARGE_SHARED_MEMORY, shared_memory
 from encoder_fast.kernels.row_norm import ROW_TILES, RowTile, row_class, row_tile, tile_for
 from encoder_fast.parity import ParityRow
@@ -413,20 +420,49 @@ def test_tuning_in_miniature(tmp_path: Path) -> None:
     output = run("tune", "--fake", "--out", str(tmp_path))
     for kernel in ("add_layer_norm", "embed_layer_norm"):
         assert f"{kernel} N<=64, 4 bytes" in output
-    assert "attention D16, 4 bytes, 16 queries, a loop over keys" in output
+    assert "attention D16, 4 bytes, 16 queries, a loop over about 256 keys" in output
     assert "1 of" not in output  # nobody was refused
     check_table(json.loads((tmp_path / "launch_table.json").read_text()))
+
+
+def test_a_search_is_compiled_ahead_in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a card's search would launch reaches other processes, whole and under its class."""
+    card: Any = SimpleNamespace(device=torch.device("cpu"), is_fake=False, is_gpu=True)
+    chosen = list(tune.targets(card))
+    jobs = tune.jobs_of(chosen)
+    assert len(jobs) == sum(1 + len(target.candidates) for target in chosen) > 300
+    assert pickle.loads(pickle.dumps(jobs)) == jobs
+    for size in (32, 64):
+        loops = [
+            t for t in chosen if t.shape_class.startswith(f"D{size}") and "loop" in (t.shape_class)
+        ]
+        found = {int(re.findall(r"about (\d+)", t.shape_class)[0]) for t in loops}
+        assert found == set(CLASS_LENGTHS)
+
+    (target,) = [t for t in tune.targets(MACHINE) if t.kernel == "add_layer_norm"]
+    launched = []
+
+    def note(*key: Any) -> Any:
+        launched.append(launch_table._forced.copy())
+        raise RuntimeError("does not fit")
+
+    monkeypatch.setattr("encoder_fast.backends.triton.add_layer_norm_kernel.tile_for", note)
+    for job in tune.jobs_of([target]):
+        compile_ahead.launch(job, "cpu")
+    key = ("add_layer_norm", target.shape_class)
+    assert launched == [{}, *({key: config} for config in target.candidates)]
 
 
 def check_table(table: dict) -> None:
     """An entry under any other name would be looked up by no launcher."""
     row_classes = {row_class(N, itemsize) for N, _ in ROW_TILES for itemsize in (2, 4)}
     tile_classes = {
-        shape_class(head_dim, dtype, config)
+        shape_class(head_dim, dtype, config, mean)
         for head_dim in (16, 32, 64, 96, 128)
         for dtype in (torch.float16, torch.float32)
         for bytes_of_a_block in (99 * 1024, LARGE_SHARED_MEMORY)
         for _, config in sum(ladders(head_dim, dtype, bytes_of_a_block), ())
+        for mean in CLASS_LENGTHS
     }
     for card in table.values():
         assert set(card) <= {"add_layer_norm", "embed_layer_norm", "attention"}
@@ -475,14 +511,16 @@ def test_attention_reads_the_table() -> None:
     cpu, half = torch.device("cpu"), torch.float16
     own = choose_config(64, half, 512, 400, shared_memory(cpu))
     fields = {"block_m": 64, "block_n": 128, "num_warps": 8, "num_stages": 2}
-    with launch_table.forced("attention", shape_class(64, half, own), fields):
+    with launch_table.forced("attention", shape_class(64, half, own, 400), fields):
         found = launch_config(cpu, 64, half, 512, 400, biased=False)
         assert found == replace(own, **fields)
+        # another class of lengths, by the same rung of the ladder
+        assert launch_config(cpu, 64, half, 512, 300, biased=False) == own
         assert launch_config(cpu, 32, half, 512, 400, biased=False) == own
         packed = choose_config(64, half, 30, 30, shared_memory(cpu))
         biased = choose_config(64, half, 512, 400, shared_memory(cpu), biased=True)
         assert launch_config(cpu, 64, half, 512, 400, biased=True) == biased
-    with launch_table.forced("attention", shape_class(64, half, packed), fields):
+    with launch_table.forced("attention", shape_class(64, half, packed, 30), fields):
         assert launch_config(cpu, 64, half, 30, 30, biased=False) == packed
 
 

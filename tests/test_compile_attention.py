@@ -19,6 +19,7 @@ from bench.cost.triton_compile import (
 )
 from encoder_fast.kernels import local_attention
 from encoder_fast.kernels.attention import (
+    CLASS_LENGTHS,
     AttentionConfig,
     attention,
     choose_config,
@@ -32,8 +33,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS = {"fp16": ("highest",), "bf16": ("highest",), "fp32": ("highest", "high")}
 TENSOR_CORES = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
-# (sequences, tokens of each) that between them reach every rung of the ladders, and some twice.
-BATCHES = ((4, 16), (4, 32), (4, 64), (4, 128), (4, 160), (2, 4096))
+# (sequences, tokens of each) that between them reach every rung of the ladders, and every class of
+# the launch table.
+BATCHES = ((4, 16), (4, 32), (4, 64), (4, 128), (4, 160), *((2, n) for n in CLASS_LENGTHS))
 
 # Mostly in float32.
 OTHER_TRITON_SPILLS = 128
