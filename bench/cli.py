@@ -43,6 +43,15 @@ Own = Annotated[
         show_default=False,
     ),
 ]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder with all-MiniLM-L6-v2 for the texts.",
+        exists=True,
+        file_okay=False,
+        show_default="the package that carries it",
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="PyTorch's")]
 Fake = Annotated[
     bool,
@@ -97,6 +106,7 @@ def texts(
     threads: Threads = None,
     fake: Fake = False,
     own: Own = None,
+    model: Model = None,
 ) -> None:
     """From strings to vectors, tokenizer included."""
     try:
@@ -104,7 +114,7 @@ def texts(
             raise typer.BadParameter(f"no text in {own}")
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{own} is not UTF-8: {error}") from None
-    _run(("texts",), filter, quick, out, threads, fake, own)
+    _run(("texts",), filter, quick, out, threads, fake, own, model)
 
 
 @app.command(name="all")
@@ -114,9 +124,24 @@ def all_suites(
     out: Out = None,
     threads: Threads = None,
     fake: Fake = False,
+    model: Model = None,
 ) -> None:
     """The four suites, into one record."""
-    _run(SUITES, filter, quick, out, threads, fake)
+    _run(SUITES, filter, quick, out, threads, fake, minilm=model)
+
+
+@app.command()
+def carry(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Where to.", show_default=".cache/minilm-fp16")
+    ] = None,
+) -> None:
+    """Write all-MiniLM-L6-v2 in float16, for a machine where its package can't be installed."""
+    from bench.minilm import FOLDER, write
+
+    quieten_libraries()
+    size = write(folder or FOLDER)
+    print(f"{(folder or FOLDER).name}: {size / 2**20:.0f} MiB")
 
 
 @app.command()
@@ -255,6 +280,7 @@ def _run(
     threads: int | None,
     fake: bool,
     own_texts: Path | None = None,
+    minilm: Path | None = None,
 ) -> None:
     if fake:
         if out is None:
@@ -269,7 +295,7 @@ def _run(
     name = suites[0] if len(suites) == 1 else "all"
     machine = find_machine(fake=fake, threads=threads)
     writer = RecordWriter(machine, name, quick=quick, folder=out)
-    session = Session(machine, writer, quick, tuple(wanted.split()), own_texts)
+    session = Session(machine, writer, quick, tuple(wanted.split()), own_texts, minilm)
     session.console.print(f"[bold]{machine.name}[/], {machine.threads} CPU threads")
     try:
         for suite in suites:

