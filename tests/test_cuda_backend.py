@@ -21,6 +21,7 @@ from encoder_fast import backends
 from encoder_fast.backends import load, measurements, resolve
 from encoder_fast.backends.cuda_kernels import CudaKernels
 from encoder_fast.errors import BackendUnavailableError, UnsupportedModelError
+from encoder_fast.ops import disentangled_attention
 from encoder_fast.ops.add_layer_norm import add_layer_norm
 from encoder_fast.ops.attention import attention
 from encoder_fast.ops.linear import linear
@@ -284,6 +285,21 @@ def test_predicted_attention(calls, monkeypatch, size, dtype, winner) -> None:
     one = problem((5,), dtype, heads=1, head_dim=size, device=DEVICE)
     load("measured").disentangled_attention(*one.arguments)
     assert calls == [winner]
+
+
+def test_auto_copies_what_cuda_does_not_read(calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = problem((5,), torch.float16, heads=1, device=DEVICE)
+    apart = torch.zeros(5, 1, 33, dtype=torch.float16, device=DEVICE)
+    monkeypatch.setattr(disentangled_attention, "resolve", lambda *call: ("measured", ""))
+    monkeypatch.setattr(measurements, "TABLE", {})
+    monkeypatch.setattr(measurements, "winner", lambda *call: str(CUDA))
+    for k in (one.k[:5], apart[:, :, :32]):
+        disentangled_attention.disentangled_attention(
+            *(one.q[:5], k, one.v[:5], one.cu_seqlens, 5, one.row_of_distance),
+            pos_key=one.pos_key,
+            pos_query=one.pos_query,
+        )
+    assert calls == [CUDA, "triton"]
 
 
 def test_a_record_overrides_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:

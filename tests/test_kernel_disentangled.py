@@ -176,6 +176,15 @@ def test_edges_of_the_tiles_of_cuda(dtype: torch.dtype, terms: str) -> None:
         one.check(load(CUDA[0]).disentangled_attention(*one.arguments))
 
 
+@pytest.mark.skipif(not CUDA, reason="neither the extension nor its emulation is here")
+def test_strides_beyond_the_pointers_of_cuda() -> None:
+    one = problem((2,), torch.float16, heads=1, tail=0, device=DEVICE)
+    far = torch.empty(2**25 + 32, dtype=torch.float16, device=DEVICE)
+    one = replace(one, k=far.as_strided((2, 1, 32), (2**25, 32, 1)))
+    with pytest.raises(ValueError, match=r"row stride of k, .* below 33554432 elements"):
+        load(CUDA[0]).disentangled_attention(*one.arguments)
+
+
 @pytest.mark.parametrize("length", (40, 70, 130))
 def test_keys_that_score_minus_infinity_get_no_weight(kernel: ModuleType, length: int) -> None:
     # All keys of the tile that goes first: what follows must not come out as NaN.

@@ -42,11 +42,11 @@ struct TileCopies {
         copy_tokens<kWhole>(stage + Traits::kKeyBytes, p.values, tile);
     }
 
-    // The distances of the last warp's queries to the tile's keys, behind which none follows. With
-    // `tile` the number of warps beyond a tile, those of the first warp.
+    // The distances of the last warp's queries to the tile's first key: the ones that this tile
+    // needs and the tile behind it does not. A `tile` behind the last has those of the warps before.
     EF_DEVICE void copy_positions(SharedAddress slot, int tile) const {
-        const int index = work.first_row + p.reach +
-                          (Traits::kWarps - 1 - tile) * kPositionBlock;
+        const int index =
+            work.first_row + p.reach + (Traits::kWarps - 1 - tile) * kPositionBlock;
         int table_rows[kOfThread];
 #pragma unroll
         for (int i = 0; i < kOfThread; i++) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 
 #include "attention/launch_params.cuh"
 #include "disentangled_attention.h"
@@ -22,18 +23,20 @@ struct DisentangledLaunch : AttentionLaunch {
     int reach;
 };
 
-inline int bytes_of_stride(int64_t elements) {
-    const int64_t bytes = 2 * elements;
-    if (bytes != static_cast<int32_t>(bytes)) {
-        throw std::invalid_argument("strides must be below 2**30 elements, got " +
-                                    std::to_string(elements));
+inline int bytes_of_stride(const char* what, int64_t elements, int64_t limit) {
+    if (elements < 0 || elements >= limit) {
+        throw std::invalid_argument("the " + std::string(what) + " of k, v, pos_key and pos_query " +
+                                    "must be from 0 to below " + std::to_string(limit) +
+                                    " elements, got " + std::to_string(elements));
     }
-    return static_cast<int>(bytes);
+    return static_cast<int>(2 * elements);
 }
 
+// The copies of a tile add up to 32 rows to a pointer in 32 bits.
 inline StridedRows strided_rows(const Heads& x) {
-    return {static_cast<const char*>(x.data), bytes_of_stride(x.row_stride),
-            bytes_of_stride(x.head_stride)};
+    return {static_cast<const char*>(x.data),
+            bytes_of_stride("row stride", x.row_stride, int64_t{1} << 25),
+            bytes_of_stride("head stride", x.head_stride, int64_t{1} << 30)};
 }
 
 EF_DEVICE const char* row_from(const StridedRows& x, int row, int head) {
