@@ -1,8 +1,10 @@
-"""Calls for tests of CUDA graphs, and what came of them."""
+"""What tests of CUDA graphs share: backends, calls, and what came of them."""
 
 import copy
 from collections.abc import Sequence
 
+import frozen_recorder
+import pytest
 import torch
 import zoo
 from berts import DEVICE
@@ -17,6 +19,15 @@ LENGTHS = ([21, 7, 1, 13], [18, 9, 4, 17], [20, 0, 15, 8], [21, 14, 6])
 
 # What a model counts that has seen one size.
 FIRST = {"the first batch of its size": 1}
+
+
+@pytest.fixture(params=["frozen", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend to patch with, and a recorder for it."""
+    if request.param == "gpu":
+        return "triton"
+    frozen_recorder.install(monkeypatch)
+    return "reference"
 
 
 def call_of(model: nn.Module, lengths: Sequence[int], seed: int = 0) -> dict[str, Tensor]:

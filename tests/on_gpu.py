@@ -62,8 +62,9 @@ GROUPS = {
     ),
     "graphs": Group(
         marked=(
-            "test_graphs",
             "test_recorder",
+            "test_graphs",
+            "test_graph_premises",
             "test_attention_memory",
             "test_packing",
             "test_patching",

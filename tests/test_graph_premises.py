@@ -1,0 +1,254 @@
+"""CUDA graphs of models that change: what they take for granted is looked at in every call."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import frozen_recorder
+import graph_calls
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from graph_calls import LENGTHS, call_of, expect_parity, graphs_of
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import encoder_fast
+from encoder_fast import weights
+from encoder_fast.graphs import cache
+from encoder_fast.patching import stack
+
+backend = graph_calls.backend
+
+
+def edit_in_place(layer: nn.Module) -> None:
+    with torch.no_grad():
+        layer.attention.self.query.weight.mul_(1.5)
+    layer.output.dense.weight.data.mul_(1.5)
+
+
+def new_parameter(layer: nn.Module) -> None:
+    dense = layer.output.dense
+    dense.weight = nn.Parameter(dense.weight.detach() * 1.5)
+
+
+def new_data(layer: nn.Module) -> None:
+    key = layer.attention.self.key
+    key.weight.data = key.weight.data * 1.5
+
+
+def transposed(layer: nn.Module) -> None:
+    """The same memory, read the other way round."""
+    value = layer.attention.self.value
+    value.weight.data = value.weight.data.t()
+
+
+def new_norm(layer: nn.Module) -> None:
+    norm = layer.attention.output.LayerNorm
+    norm.weight = nn.Parameter(norm.weight.detach() * 1.5)
+
+
+def new_epsilon(layer: nn.Module) -> None:
+    layer.output.LayerNorm.eps = 0.5
+
+
+def new_scale(layer: nn.Module) -> None:
+    attention = layer.attention.self
+    if "scaling" not in vars(attention):
+        pytest.skip("a transformers whose attention computes its scale")
+    attention.scaling *= 4
+
+
+@pytest.mark.parametrize(
+    ("edit", "recorded"),
+    [
+        (edit_in_place, 1),
+        (new_parameter, 2),
+        (new_data, 2),
+        (transposed, 2),
+        (new_norm, 2),
+        (new_epsilon, 2),
+        (new_scale, 2),
+    ],
+)
+def test_changed_models(edit: Callable[[nn.Module], None], recorded: int, backend: str) -> None:
+    model = zoo.build("bert")
+    plain = copy.deepcopy(model)
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        model(**call)
+        before = model(**call)[0]
+    for either in (model, plain):
+        edit(either.encoder.layer[1])
+    for _ in range(2):
+        expect_parity(model, plain, call)
+    with torch.inference_mode():
+        assert (model(**call)[0] - before).abs().max() > 1e-3
+    assert graphs_of(model)[0] == recorded
+
+
+def test_a_larger_vocabulary(backend: str) -> None:
+    """A graph of the smaller table must not even be launched with the new ids."""
+    model = zoo.build("bert")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+    word = model.embeddings.word_embeddings
+    word.weight = nn.Parameter(torch.cat([word.weight.detach(), word.weight.detach() + 1]))
+    plain = encoder_fast.unpatch(copy.deepcopy(model))
+    call["input_ids"] = call["input_ids"] + zoo.VOCAB * call["attention_mask"]
+    for _ in range(2):
+        expect_parity(model, plain, call)
+    assert graphs_of(model)[:2] == (2, 2)
+
+
+def test_the_model_is_looked_at_while_the_gpu_is_at_work(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = zoo.build("bert")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+        steps: list[str] = []
+        for home, name in (
+            (cache.GraphCache, "_replay"),
+            (stack.Stack, "is_unchanged"),
+            (weights.WeightCache, "still_holds"),
+        ):
+            note(monkeypatch, home, name, steps)
+        model(**call)
+    assert steps == ["_replay", "is_unchanged", "still_holds"]
+
+
+def note(patch: pytest.MonkeyPatch, home: type, name: str, steps: list[str]) -> None:
+    """Add ``name`` to ``steps`` at each of its calls."""
+    original = getattr(home, name)
+
+    def method(*arguments: Any, **options: Any) -> Any:
+        steps.append(name)
+        return original(*arguments, **options)
+
+    patch.setattr(home, name, method)
+
+
+def add_hook(model: nn.Module) -> None:
+    model.encoder.layer[1].output.register_forward_hook(lambda *_: None)
+
+
+def replace_forward(model: nn.Module) -> None:
+    dense = model.encoder.layer[0].output.dense
+    dense.forward = lambda x: F.linear(x, dense.weight)
+
+
+def train_a_part(model: nn.Module) -> None:
+    model.encoder.layer[0].attention.train()
+
+
+@pytest.mark.parametrize("change", [add_hook, replace_forward, train_a_part])
+def test_what_was_launched_for_another_model_is_dropped(
+    change: Callable[[nn.Module], None], backend: str
+) -> None:
+    model = zoo.build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    plain = copy.deepcopy(model)
+    encoder_fast.patch(model, backend, cuda_graphs=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+        change(model)
+        change(plain)
+        assert torch.equal(model(**call)[0], plain(**call)[0])
+    assert graphs_of(model)[:2] == (1, 1)
+    assert len(encoder_fast.report(model).fallbacks) == 1
+
+
+def test_other_embeddings_take_ids_that_the_old_ones_refuse(backend: str) -> None:
+    model = zoo.build("bert")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+        model.resize_token_embeddings(2 * zoo.VOCAB)
+        plain = encoder_fast.unpatch(copy.deepcopy(model))
+        call["input_ids"] = call["input_ids"] + zoo.VOCAB * call["attention_mask"]
+    for _ in range(2):
+        expect_parity(model, plain, call)
+    with torch.inference_mode(), pytest.raises(IndexError):
+        model(**{**call, "input_ids": call["input_ids"] + zoo.VOCAB})
+
+
+def test_replays_write_no_stacks(backend: str) -> None:
+    model = zoo.build("deberta_v2")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+        with NoCopies():
+            model(**call)
+    assert graphs_of(model)[:2] == (1, 2)
+
+
+class NoCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("_foreach_copy_", "baddbmm")
+        return func(*args, **kwargs or {})
+
+
+def test_rotary_buffers_are_watched(backend: str) -> None:
+    model = zoo.build("modernbert")
+    encoder_fast.patch(model, backend, cuda_graphs=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        model(**call)
+        before = model(**call)[0]
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if name.endswith("inv_freq") and buffer is not None:
+                    module._buffers[name] = buffer * 0.5
+        plain = encoder_fast.unpatch(copy.deepcopy(model))
+        for _ in range(2):
+            expect_parity(model, plain, call)
+        assert (model(**call)[0] - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "fp32_precision",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+        "deterministic",
+    ],
+)
+def test_settings_are_watched(
+    setting: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They decide which kernels PyTorch launches."""
+    frozen_recorder.install(monkeypatch)
+    model = encoder_fast.patch(zoo.build("bert"), "reference", cuda_graphs=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(3):
+            model(**call)
+        assert graphs_of(model)[0] == 1
+        if setting == "deterministic":
+            monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        elif setting == "fp32_precision":
+            monkeypatch.setattr("encoder_fast.graphs.premises.float32_precision", lambda: "tf32")
+        else:
+            matmul = torch.backends.cuda.matmul
+            before = getattr(matmul, setting)
+            request.addfinalizer(lambda: setattr(matmul, setting, before))
+            setattr(matmul, setting, not before)
+        for _ in range(3):
+            model(**call)
+    assert graphs_of(model)[0] == 2
