@@ -74,7 +74,7 @@ class EncoderWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class Look:
     """A model's weights as they were found: the tensors, where each lies and in what form, and how
     often autograd saw those change that something derives from. Tables are normalised first, by
     an epsilon of their own."""
@@ -84,7 +84,7 @@ class _Look:
     versions: object
     table_epsilon: float | None
 
-    def finds_same_tensors(self, other: _Look) -> bool:
+    def finds_same_tensors(self, other: Look) -> bool:
         """Whether everything is what and where it was, whatever it holds."""
         return (
             all(map(is_, self.tensors, other.tensors))
@@ -101,7 +101,7 @@ class _Copied:
     come to lie at an old address.
     """
 
-    look: _Look
+    look: Look
     samples: Samples
     checksum: int
     weights: EncoderWeights
@@ -119,7 +119,7 @@ class _Live:
         order: of the buffers on a GPU, if there are any.
     """
 
-    look: _Look
+    look: Look
     memory: list[Tensor]
     stacked: list[Tensor]
     stacked_from: list[Tensor]
@@ -201,38 +201,38 @@ class WeightCache:
             with self._lock:
                 return self._rewritten(like, tokens)
 
-    def may_run_ahead(self, weights: EncoderWeights, tokens: int) -> bool:
-        """Whether a batch may be launched with ``weights`` before :meth:`still_holds` has looked.
+    def may_run_ahead(self, weights: EncoderWeights, tokens: int) -> Look | None:
+        """What was seen of the model when its buffers were last written, if a batch may be launched
+        with ``weights`` before :meth:`still_holds` has looked; else ``None``.
 
-        True means that :meth:`current` gave them last, that their memory is still there, and that
-        nothing is due to be written again.
+        It may if :meth:`current` gave them last, their memory is still there, and nothing is due
+        to be written again.
         """
         with self._lock:
             live = self._live
             due = self._tokens + tokens >= REWRITE_TOKENS
             if live is None or live.weights is not weights or due:
-                return False
+                return None
             self._tokens += tokens
             if live.order is not None:
                 live.order.before_reading()
-            return True
+            return live.look
 
-    def still_holds(self, weights: EncoderWeights) -> bool:
-        """Whether :meth:`current` would give ``weights`` again, with nothing to be written.
+    def still_holds(self, seen: Look) -> bool:
+        """Whether the model is what was ``seen``. Not whether it is what was seen last: another
+        thread may have written the buffers anew since they were read.
 
         Raises:
             NotFastError: a weight is no parameter.
         """
-        live, look = self._live, self._look()
+        look = self._look()
         return (
-            live is not None
-            and live.weights is weights
-            and look.finds_same_tensors(live.look)
-            and look.versions == live.look.versions
+            look.finds_same_tensors(seen)
+            and look.versions == seen.versions
             and not is_in_doubt(look.versions)
         )
 
-    def _look(self) -> _Look:
+    def _look(self) -> Look:
         try:
             tensors = [module._parameters[name] for module, name in self._prepared]
         except KeyError:
@@ -244,7 +244,7 @@ class WeightCache:
         norm = None if self._positions is None else self._positions.norm
         eps = None if norm is None else epsilon(norm)
         versions = versions_of(tensors[: self._counted])
-        return _Look(tensors, places_of(tensors), versions, eps)
+        return Look(tensors, places_of(tensors), versions, eps)
 
     def _verified(self, like: Tensor, tokens: int) -> EncoderWeights:
         known, look = self._copied, self._look()
@@ -288,7 +288,7 @@ class WeightCache:
             live.order.before_reading()
         return live.weights
 
-    def _prepare_live(self, look: _Look) -> _Live:
+    def _prepare_live(self, look: Look) -> _Live:
         weights = self._prepare()
         stacked, stacked_from = self._stacked(weights)
         derived = self._derived(weights)

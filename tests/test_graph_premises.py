@@ -168,6 +168,33 @@ def test_what_was_launched_for_another_model_is_dropped(
     assert len(encoder_fast.report(model).fallbacks) == 1
 
 
+def test_an_edit_that_another_thread_has_seen_first(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It derives anew what the graph has read already, and later looks find nothing changed."""
+    model = zoo.build("bert")
+    plain = copy.deepcopy(model)
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call)
+    of_model = model.__dict__["_encoder_fast"]._reading.cache
+    replay, edited = cache.GraphCache._replay, [plain]
+
+    def replay_and_edit(*arguments: Any) -> torch.Tensor:
+        result = replay(*arguments)
+        if edited == [plain]:
+            edited.append(model)
+            for either in edited:
+                edit_in_place(either.encoder.layer[1])
+            of_model.current(model.embeddings.word_embeddings.weight, 1)
+        return result
+
+    monkeypatch.setattr(cache.GraphCache, "_replay", replay_and_edit)
+    expect_parity(model, plain, call)
+
+
 def test_other_embeddings_take_ids_that_the_old_ones_refuse(backend: str) -> None:
     model = zoo.build("bert")
     encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)

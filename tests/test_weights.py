@@ -191,11 +191,17 @@ def test_writing_again_moves_nothing() -> None:
     with torch.no_grad():
         model(**call)
         first = cache.current(like, 1)
+        seen = cache.may_run_ahead(first, 1)
+        assert seen is not None and cache.still_holds(seen)
         query = model.encoder.layer[1].attention.self.query
         query.weight.mul_(1.5)
-        assert not cache.still_holds(first)
-        assert cache.current(like, 1) is first and cache.still_holds(first)
+        assert not cache.still_holds(seen)
+        assert cache.current(like, 1) is first
         assert torch.equal(first.layers[1].qkv.weight[:48], query.weight)
+        # what was launched before the edit is still wrong, also where another thread wrote anew
+        assert not cache.still_holds(seen)
+        now = cache.may_run_ahead(first, 1)
+        assert now is not None and cache.still_holds(now)
 
 
 @pytest.mark.parametrize(

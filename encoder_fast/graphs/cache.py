@@ -22,7 +22,7 @@ from encoder_fast.graphs.premises import Premises
 from encoder_fast.graphs.recorder import Recorder, Recording, RecordingFailedError
 from encoder_fast.packing import PackedBatch
 from encoder_fast.spec import EncoderSpec
-from encoder_fast.weights import EncoderWeights, WeightCache
+from encoder_fast.weights import EncoderWeights, Look, WeightCache
 
 MOST_GRAPHS = 64
 """Beyond these the one that was not used for the longest time goes."""
@@ -53,7 +53,8 @@ class Replayed:
     """What a graph gave, and the model that it was right for."""
 
     output: Tensor
-    held: _Held
+    premises: tuple
+    seen: Look
 
 
 class GraphCache:
@@ -106,11 +107,11 @@ class GraphCache:
                 graph is None
                 or held is None
                 or held.rows_of_tables != self._rows_of_tables()
-                or not self._weights.may_run_ahead(held.weights, inputs.batch.total)
+                or (seen := self._weights.may_run_ahead(held.weights, inputs.batch.total)) is None
             ):
                 return None
             self._graphs.move_to_end(key)
-            return Replayed(self._replay(key, graph, inputs), held)
+            return Replayed(self._replay(key, graph, inputs), held.premises, seen)
 
     def confirm(self, replayed: Replayed) -> bool:
         """Whether the graph was right, and the weights of now are what it read. If not, its output
@@ -119,8 +120,9 @@ class GraphCache:
         Raises:
             NotFastError: a weight is no parameter.
         """
-        held = replayed.held
-        if held.premises != self._premises.now() or not self._weights.still_holds(held.weights):
+        if replayed.premises != self._premises.now():
+            return False
+        if not self._weights.still_holds(replayed.seen):
             return False
         self._counts.count_replayed()
         return True
