@@ -132,8 +132,8 @@ def keep_counts() -> None:
 
     resolve, why_not = backends.resolve, backends.why_not
     gpu = torch.device("cuda")
-    backends.why_not = lambda name, _: why_not(name, gpu)
-    backends.resolve = lambda name, _: resolve(name, gpu)
+    backends.why_not = lambda name, _, *rest: why_not(name, gpu, *rest)
+    backends.resolve = lambda name, _, *rest: resolve(name, gpu, *rest)
 
 
 # Ahead of any conftest.py, which asks where it is.

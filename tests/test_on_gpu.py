@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 
 import on_gpu
 import pytest
@@ -12,6 +14,7 @@ import zoo
 from kernel_backends import kernel_backends
 
 from encoder_fast.backends import why_not
+from encoder_fast.kernels.gated import ACTIVATIONS
 
 
 @pytest.mark.gpu
@@ -57,15 +60,21 @@ def selected() -> list[str]:
     command, _ = on_gpu.pytest_commands(
         list(on_gpu.GROUPS), ["--collect-only", "-q", "-n0", "-m", "gpu"]
     )
+    return [line for line in on_a_faked_card(command).splitlines() if "::" in line]
+
+
+def on_a_faked_card(command: list[str], **environment: str) -> str:
+    """What pytest says there."""
+    path = f"{on_gpu.TESTS}{os.pathsep}{on_gpu.TESTS.parent}"
     result = subprocess.run(
         [*command[:3], "-p", "faked_gpu", *command[3:]],
-        env={**os.environ, "PYTHONPATH": f"{on_gpu.TESTS}{os.pathsep}{on_gpu.TESTS.parent}"},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return [line for line in result.stdout.splitlines() if "::" in line]
+    return result.stdout
 
 
 def test_what_a_card_would_run(selected: list[str]) -> None:
@@ -85,6 +94,17 @@ def test_every_family_would_run_on_both_backends(selected: list[str]) -> None:
         for backend in ("triton", "cuda"):
             start = f"tests/test_families.py::test_parity[{backend}-{family}-"
             assert any(line.startswith(start) for line in selected), start
+
+
+def test_what_triton_would_compile_is_counted() -> None:
+    """One file's kernels for each activation and dtype: no launch is missed, none counts twice."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is used, not faked")
+    file = str(on_gpu.TESTS / "test_kernel_gated.py")
+    command = [sys.executable, "-m", "pytest", "-q", "--assert=plain", "-p", "no:cacheprovider"]
+    output = on_a_faked_card([*command, file], PYTHONOPTIMIZE="1", TRITON_INTERPRET="0")
+    (count,) = re.findall(r"together: (\d+) kernels of Triton", output)
+    assert len(ACTIVATIONS) * 3 <= int(count) <= 20
 
 
 def test_no_file_of_kernels_is_forgotten() -> None:
