@@ -67,8 +67,9 @@ def steps(out: Path) -> tuple[Step, ...]:
     measure = [*bench, "all", "--quick", "--out", str(out), *model]
     return (
         Step("build", 45, 20, [python, "setup.py", "-q", "build_ext", "--inplace"], "build"),
-        Step("info", 10, 6, [python, "-m", "encoder_fast.cli", "info"], "build"),
-        Step("kernels", 85, 75, [*tests, "kernels", "-v"], "tests", one_thread),
+        # Beside the tests: the first import of PyTorch on a machine takes as long as it takes.
+        Step("info", 60, 15, [python, "-m", "encoder_fast.cli", "info"], "build", beside=True),
+        Step("kernels", 95, 80, [*tests, "kernels", "-v"], "tests", one_thread),
         Step("sweep", 40, 35, [*bench, "sweep"], "figures"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
@@ -111,11 +112,14 @@ class Run:
                 self._beside.append(running)
             else:
                 self._end(running)
+                self._wait_for_those_beside(only_ended=True)
         self._wait_for_those_beside()
 
-    def _wait_for_those_beside(self) -> None:
-        while self._beside:
-            self._end(self._beside.pop(0))
+    def _wait_for_those_beside(self, *, only_ended: bool = False) -> None:
+        for running in list(self._beside):
+            if not only_ended or running.has_ended:
+                self._beside.remove(running)
+                self._end(running)
 
     def _end(self, running: _Running) -> None:
         status, seconds, last = running.wait()
@@ -154,6 +158,10 @@ class _Running:
         except OSError as error:
             self._process = None
             self._file.write(f"{error}\n".encode())
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
 
     def wait(self) -> tuple[int, float, str]:
         """Status, seconds and last line; 124 when its time was up."""
