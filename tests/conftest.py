@@ -64,6 +64,8 @@ def pytest_collection_modifyitems(
         elif not has_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
     yield  # pytest leaves out what -m does not choose
-    workers = getattr(config, "workerinput", {}).get("workercount", 1)
-    if config.getoption("dist", "no") == "worksteal":
+    worker = getattr(config, "workerinput", {})
+    # A worker is told that it has nothing to distribute; the command line says how it was done.
+    if "worksteal" in worker.get("mainargv", ()):
+        workers = worker["workercount"]
         items[:] = on_gpu.dealt(items, workers)

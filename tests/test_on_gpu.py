@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import on_gpu
 import pytest
@@ -38,6 +39,27 @@ def test_each_worker_begins_with_what_tells_most(tests: int, workers: int) -> No
     firsts = sorted(run[0] for run in runs if run)
     assert firsts == list(range(len(firsts)))
     assert all(run == sorted(run) for run in runs)
+
+
+def test_workers_of_pytest_begin_with_what_tells_most(tmp_path: Path) -> None:
+    """By pytest-xdist itself: of six tests, two workers begin with the first two."""
+    (tmp_path / "conftest.py").write_text((on_gpu.TESTS / "conftest.py").read_text())
+    body = "import time\n" + "".join(f"def test_{i}(): time.sleep(0.2)\n" for i in range(6))
+    (tmp_path / "test_six.py").write_text(body)
+    command = [sys.executable, "-m", "pytest", "-v", "-n2", "--dist", "worksteal", str(tmp_path)]
+    result = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        env={**os.environ, "PYTHONPATH": str(on_gpu.TESTS)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    first = {}
+    for worker, test in re.findall(r"\[(gw\d)\].*test_(\d)", result.stdout):
+        first.setdefault(worker, int(test))
+    assert sorted(first.values()) == [0, 1]
 
 
 def test_workers_leave_memory_for_each_other() -> None:
