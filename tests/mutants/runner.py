@@ -295,9 +295,13 @@ def main() -> int:
     arguments = parser.parse_args()
 
     def interrupt(*_: object) -> None:
+        # Once: what runs is ended, and the copies are removed.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     mutants = read_mutants()
     selected = [
         mutant
