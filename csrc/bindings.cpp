@@ -1,8 +1,8 @@
 // What Python calls: pointers, sizes and strides as plain integers, a vector's or ids' absence as a
 // null pointer. Nothing is checked here; encoder_fast/backends/cuda.py does that.
 //
-// Compiled over the emulation, with ENCODER_FAST_HOST, the module is called _cuda_host and has
-// `allow` and `forbid_all` besides.
+// Compiled over the emulation, with ENCODER_FAST_HOST, the module is called _cuda_host and has what
+// bind_emulation.h adds besides.
 
 #include <pybind11/pybind11.h>
 
@@ -13,7 +13,7 @@
 #include "embed_layer_norm.h"
 
 #ifdef ENCODER_FAST_HOST
-#include "emulation.h"
+#include "bind_emulation.h"
 #define MODULE_NAME _cuda_host
 #else
 #define MODULE_NAME _cuda
@@ -133,8 +133,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
     m.def("disentangled_attention", bind_disentangled_attention);
     m.def("attention_workspace_bytes", attention_workspace_bytes);
 #ifdef ENCODER_FAST_HOST
-    m.def("allow", emulation::allow);
-    m.def("forbid_all", emulation::forbid_all);
+    emulation::bind(m);
 #endif
 }
 

@@ -9,7 +9,7 @@
 //   such addresses. There is no __shared__ variable and no generic pointer into shared memory.
 //   Accesses are of 4, 8 or 16 bytes.
 // - Global memory is read by `load_global(pointer)` and `cp_async`, written by `store_global`. The
-//   emulation knows the extent of each operand and checks every access.
+//   emulation knows the extent of each operand and checks every access, against other blocks' too.
 // - Kernels take one plain struct and are started by `launch` (launch.cuh), not by <<<...>>>.
 // - Barriers, shuffles, votes and atomics are the functions below; threadIdx, blockIdx, blockDim
 //   and gridDim are as in CUDA.
@@ -271,7 +271,7 @@ EF_DEVICE bool all_lanes(bool predicate, uint32_t lanes = kFullWarp) {
 template <class T>
 EF_DEVICE T load_global(const T* source) {
 #ifdef ENCODER_FAST_HOST
-    return emulation::load_global(source);
+    return emulation::load_global(source, emulation::GlobalAccess::kReadOnlyLoad);
 #else
     return __ldg(source);
 #endif
@@ -291,7 +291,7 @@ EF_DEVICE BFloat16 load_global(const BFloat16* source) {
 template <class T>
 EF_DEVICE T load_global_coherent(const T* source) {
 #ifdef ENCODER_FAST_HOST
-    return emulation::load_global(source);
+    return emulation::load_global(source, emulation::GlobalAccess::kLoad);
 #else
     return *source;
 #endif
@@ -309,9 +309,7 @@ EF_DEVICE void store_global(T* target, T value) {
 // Returns what was there before.
 EF_DEVICE int atomic_add_global(int* target, int value) {
 #ifdef ENCODER_FAST_HOST
-    const int before = emulation::load_global(target);
-    emulation::store_global(target, before + value);
-    return before;
+    return emulation::atomic_add_global(target, value);
 #else
     return atomicAdd(target, value);
 #endif

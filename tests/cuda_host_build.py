@@ -83,6 +83,11 @@ def build(module: str, *sources: Path) -> ModuleType:
     return importlib.import_module(module)
 
 
+def build_probe() -> ModuleType:
+    """The module `_cuda_probe`: small kernels that ask the emulation, one question each."""
+    return build("_cuda_probe", EMULATION / "probe.cu")
+
+
 def build_backend() -> ModuleType:
     """The module `_cuda_host`, by which the backend `cuda-host` runs."""
     cpu = ROOT / "csrc/cpu"

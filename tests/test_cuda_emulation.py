@@ -6,7 +6,6 @@ mma.m16n8k16 with floating point type", "ldmatrix"), apart from the emulation's 
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
 
 import cuda_host_build
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 @pytest.fixture(scope="module")
 def probe() -> ModuleType:
-    return cuda_host_build.build("_cuda_probe", Path(cuda_host_build.EMULATION, "probe.cu"))
+    return cuda_host_build.build_probe()
 
 
 # PTX ISA, mma.m16n8k16: groupID = lane >> 2, threadID_in_group = lane % 4.

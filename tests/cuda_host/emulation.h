@@ -1,10 +1,17 @@
 // The CUDA execution model on a CPU, for tests: what csrc/ptx.cuh calls under ENCODER_FAST_HOST.
 //
 // The threads of a block are fibers that run until they have to wait; blocks run one after another.
-// What goes wrong on a GPU in silence is an `Error` here, naming the kernel, block and thread:
+// After `interleave(seed)` some blocks run side by side instead: they start in random order, any
+// thread that is ready may run next, and a thread may be interrupted at each access to global memory
+// and each atomic. What is read and written back without being one atomic comes apart.
+//
+// What goes wrong on a GPU in silence is an `Error` here, naming the kernel, block, thread and seed:
 //
 // - an access to global memory outside the operands that were allowed (`allow`), a store to one
 //   that is only read, a misaligned access;
+// - in global memory, bytes that one block writes and another writes or reads, but by atomics; that
+//   two threads of a block do so with no barrier between; a load through the read-only path of what
+//   the launch writes. Only interleaved is a write held against earlier reads too;
 // - an access to shared memory outside what the launch asked for; two threads of which one writes
 //   and that no barrier orders; a read of what a cp.async has not been waited for;
 // - a barrier or a warp operation that not all threads come to, or to which they come with
@@ -62,24 +69,46 @@ struct Error : std::runtime_error {
 void run_grid(const std::string& kernel, unsigned blocks, unsigned threads, size_t shared_bytes,
               const std::function<void()>& thread);
 
+// How later launches run. A launch depends on the seed alone, not on the launches before it.
+void interleave(uint64_t seed);
+void run_in_order();
+
+// Called with the kernel's name behind each launch that went well; null for nobody.
+void observe_launches(std::function<void(const std::string&)> observer);
+
 // From here on, kernels may access `rows` rows of `row_bytes`, `stride_bytes` apart.
 void allow(uintptr_t pointer, size_t rows, size_t row_bytes, ptrdiff_t stride_bytes,
            bool writable);
 void forbid_all();
 
-// Checks one access of this thread.
-void check_global(const void* pointer, size_t bytes, bool write);
+enum class GlobalAccess { kLoad, kReadOnlyLoad, kStore, kAtomic };
+
+void check_aligned(const void* pointer, size_t bytes);
+
+// Checks one access of this thread. Others may run before it returns, none between that and what
+// the caller does next.
+void access_global(const void* pointer, size_t bytes, GlobalAccess access);
 
 template <class T>
-T load_global(const T* source) {
-    check_global(source, sizeof(T), false);
+T load_global(const T* source, GlobalAccess access) {
+    check_aligned(source, sizeof(T));
+    access_global(source, sizeof(T), access);
     return *source;
 }
 
 template <class T>
 void store_global(T* target, T value) {
-    check_global(target, sizeof(T), true);
+    check_aligned(target, sizeof(T));
+    access_global(target, sizeof(T), GlobalAccess::kStore);
     *target = value;
+}
+
+inline int atomic_add_global(int* target, int value) {
+    check_aligned(target, sizeof(int));
+    access_global(target, sizeof(int), GlobalAccess::kAtomic);
+    const int before = *target;
+    *target += value;
+    return before;
 }
 
 void load_shared(uint32_t address, void* value, size_t bytes);
@@ -137,10 +166,10 @@ float bfloat16_to_float(uint32_t bits);
 uint32_t float_to_half(float x);
 uint32_t float_to_bfloat16(float x);
 
-// Like ex2.approx.ftz: numbers too small to be normal are zeros.
-inline float exp2_flushed(float x) {
-    const float y = std::exp2(std::fpclassify(x) == FP_SUBNORMAL ? 0.0f : x);
-    return std::fpclassify(y) == FP_SUBNORMAL ? 0.0f : y;
-}
+// As .ftz does it: numbers too small to be normal are zeros.
+inline float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? 0.0f * x : x; }
+
+// Like ex2.approx.ftz.
+inline float exp2_flushed(float x) { return flushed(std::exp2(flushed(x))); }
 
 }  // namespace emulation

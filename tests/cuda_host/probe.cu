@@ -8,6 +8,7 @@
 #include <map>
 #include <vector>
 
+#include "bind_emulation.h"
 #include "launch.cuh"
 
 namespace encoder_fast {
@@ -24,7 +25,7 @@ struct Probe {
 // Runs a kernel of `threads` threads over `in`, and returns `n_out` words.
 Words run(void (*kernel)(Probe), Words in, int n_out, int threads, size_t shared_bytes,
           int variant = 0, int blocks = 1) {
-    Words out(n_out, 0xdeadbeef);
+    Words out(n_out, 0);
     emulation::forbid_all();
     emulation::allow(reinterpret_cast<uintptr_t>(in.data()), 1, 4 * in.size(), 0, false);
     emulation::allow(reinterpret_cast<uintptr_t>(out.data()), 1, 4 * out.size(), 0, true);
@@ -127,6 +128,92 @@ __global__ void indices_kernel(Probe p) {
     store_global(p.out + at, 1000000 * gridDim.x + 1000 * blockIdx.x + threadIdx.x);
 }
 
+enum Counting { kAtomic, kNotAtomic };
+
+// Each thread takes a number, and leaves a mark there. `variant` is how it counts.
+__global__ void count_kernel(Probe p) {
+    int* const counter = reinterpret_cast<int*>(p.out);
+    int mine;
+    if (p.variant == kAtomic) {
+        mine = atomic_add_global(counter, 1);
+    } else {
+        mine = load_global_coherent(counter);
+        store_global(counter, mine + 1);
+    }
+    store_global(p.out + 1 + mine, blockIdx.x);
+}
+
+// What two blocks, or two threads of one, must not do to out[0].
+enum Conflict {
+    kNoConflict,
+    kBothWrite,
+    kWriteThenRead,
+    kReadThenWrite,
+    kWriteThenCopy,
+    kWriteThenAdd,
+    kWriteThenReadOnly,
+    kReadOnlyThenWrite,
+    kThreadsWithoutBarrier,
+};
+
+// The halves of a word, threads with a barrier between them, and atomics.
+EF_DEVICE void share(const Probe& p) {
+    const uint16_t half = static_cast<uint16_t>(blockIdx.x + 1);
+    store_global(reinterpret_cast<uint16_t*>(p.out + threadIdx.x) + blockIdx.x, half);
+    if (threadIdx.x == 0) store_global(p.out + 64 + blockIdx.x, 5u);
+    sync_threads();
+    if (threadIdx.x != 63) return;
+    const int seen = static_cast<int>(load_global_coherent(p.out + 64 + blockIdx.x));
+    atomic_add_global(reinterpret_cast<int*>(p.out + 66), seen);
+}
+
+__global__ void conflict_kernel(Probe p) {
+    const bool first = blockIdx.x == 0;
+    int* const counter = reinterpret_cast<int*>(p.out);
+    if (p.variant == kNoConflict) share(p);
+    if (p.variant == kThreadsWithoutBarrier && first) {
+        if (threadIdx.x % 32 == 0) store_global(p.out, threadIdx.x);
+    }
+    if (threadIdx.x != 0) return;
+    switch (p.variant) {
+        case kBothWrite:
+            store_global(p.out, blockIdx.x);
+            break;
+        case kWriteThenRead:
+            first ? store_global(p.out, 1u) : void(load_global_coherent(p.out));
+            break;
+        case kReadThenWrite:
+            first ? void(load_global_coherent(p.out)) : store_global(p.out, 1u);
+            break;
+        case kWriteThenCopy:
+            first ? store_global(p.out, 1u) : cp_async<4>(shared_memory(), p.out);
+            break;
+        case kWriteThenAdd:
+            first ? store_global(p.out, 1u) : void(atomic_add_global(counter, 1));
+            break;
+        case kWriteThenReadOnly:
+            store_global(p.out + blockIdx.x, 1u);
+            load_global(p.out + blockIdx.x);
+            break;
+        case kReadOnlyThenWrite:
+            load_global(p.out + blockIdx.x);
+            store_global(p.out + blockIdx.x, 1u);
+            break;
+    }
+}
+
+const std::map<std::string, int> kConflicts = {
+    {"both write", kBothWrite},
+    {"write, then read", kWriteThenRead},
+    {"read, then write", kReadThenWrite},
+    {"write, then copy", kWriteThenCopy},
+    {"write, then add", kWriteThenAdd},
+    {"write, then read only", kWriteThenReadOnly},
+    {"read only, then write", kReadOnlyThenWrite},
+    {"threads without a barrier", kThreadsWithoutBarrier},
+    {"none", kNoConflict},
+};
+
 enum Mistake {
     kNone,
     kNoBarrierBeforeRead,
@@ -224,7 +311,7 @@ const std::map<std::string, int> kMistakes = {
 }  // namespace
 
 PYBIND11_MODULE(_cuda_probe, m) {
-    pybind11::register_exception<emulation::Error>(m, "EmulationError", PyExc_RuntimeError);
+    emulation::bind(m);
     m.def("ldmatrix", [](int matrices, bool transposed, const Words& in) {
         void (*kernels[2][5])(Probe) = {
             {nullptr, ldmatrix_kernel<1, false>, ldmatrix_kernel<2, false>, nullptr,
@@ -241,6 +328,18 @@ PYBIND11_MODULE(_cuda_probe, m) {
     m.def("copies", [](const Words& in) { return run(copy_kernel, in, 11, 32, 44); });
     m.def("hand_over", [] { return run(hand_over_kernel, {}, 96, 64, 128); });
     m.def("indices", [] { return run(indices_kernel, {}, 192, 64, 0, 0, 3); });
+    m.def("count", [](bool atomic, int blocks) {
+        const int n = 64 * blocks;
+        return run(count_kernel, {}, 1 + n, 64, 0, atomic ? kAtomic : kNotAtomic, blocks);
+    });
+    m.def("conflict", [](const std::string& name) {
+        return run(conflict_kernel, {}, 67, 64, 16, kConflicts.at(name), 2);
+    });
+    m.def("conflicts", [] {
+        std::vector<std::string> names;
+        for (const auto& item : kConflicts) names.push_back(item.first);
+        return names;
+    });
     m.def("mistake", [](const std::string& name) { return mistake(kMistakes.at(name)); });
     m.def("mistakes", [] {
         std::vector<std::string> names;
