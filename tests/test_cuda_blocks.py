@@ -19,6 +19,7 @@ import torch
 from attention_oracle import random_qkv
 from kernel_backends import DEVICE
 from test_cuda_attention import assert_as_good_as_eager
+from torch import Tensor
 
 from encoder_fast.backends import load
 
@@ -112,6 +113,49 @@ def test_what_is_no_conflict(probe: ModuleType, any_order: int | None) -> None:
     assert probe.conflict("none") == [0x20001] * 64 + [5, 5, 10]
 
 
+def listed(lengths: list[int], count: int | None = None, counter: int = 0) -> list[int]:
+    """A list of one-row tiles; a length of 0 is an item without rows."""
+    entries = [[begin, length, 0, 0] for begin, length in enumerate(lengths)]
+    header = [len(lengths) if count is None else count, counter, 0, 0]
+    return [word % 2**32 for words in (header, *entries) for word in words]
+
+
+NOBODY = 0xDEADBEEF
+
+
+def test_items_without_rows_are_passed_over(probe: ModuleType, any_order: int | None) -> None:
+    # At the front, so that a block begins with one, in a row, and at the end.
+    lengths = [0, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 1, *[1, 0] * 20, 0]
+    marks = probe.items(listed(lengths), 4, len(lengths), False, 0)
+    assert [mark != NOBODY for mark in marks] == [length > 0 for length in lengths]
+    assert set(marks) <= {0, 1, 2, 3, NOBODY}
+
+
+@pytest.mark.parametrize("spoiled", (-(2**31), -1, 0, 1, 2**31 - 1))
+def test_a_spoiled_slot_ends_a_block(
+    probe: ModuleType, any_order: int | None, spoiled: int
+) -> None:
+    # 1 is that block's own first item. The others take what there is, but for what it has taken.
+    marks = probe.items(listed([1] * 40), 4, 40, True, spoiled)
+    assert marks[1] == 1
+    assert marks.count(NOBODY) <= 1
+    assert marks.count(1) == 1
+
+
+@pytest.mark.parametrize("counter", (-(2**31), -40, 2**31 - 1))
+def test_a_spoiled_counter_ends_a_block(
+    probe: ModuleType, any_order: int | None, counter: int
+) -> None:
+    marks = probe.items(listed([1] * 40, counter=counter), 4, 40, False, 0)
+    assert marks == [0, 1, 2, 3, *[NOBODY] * 36]
+
+
+@pytest.mark.parametrize("count", (41, 2**31 - 1, -1))
+def test_a_spoiled_count_reads_nothing_beyond_the_list(probe: ModuleType, count: int) -> None:
+    marks = probe.items(listed([1] * 40, count=count), 4, 40, False, 0)
+    assert [mark != NOBODY for mark in marks] == [count > 0] * 40
+
+
 # Tiles from the list, of two classes; more items than blocks that are resident together.
 LISTED = {
     "up-to-128": ((100, *[3] * 30, *[0] * 5, 65), 1, 128),
@@ -162,3 +206,86 @@ def test_gelu_in_place(kernels: ModuleType) -> None:
 def one_after_another(call):
     cuda_host_build.build_backend().run_in_order()
     return call()
+
+
+def spoil_list(monkeypatch: pytest.MonkeyPatch, spoil) -> None:
+    """Calls `spoil(rows of the list)` between the kernel that writes it and the one that reads."""
+    extension = cuda_host_build.build_backend()
+    workspaces: list[Tensor] = []
+    empty = torch.empty
+
+    def watched(*size: object, **options: object) -> Tensor:
+        tensor = empty(*size, **options)  # type: ignore[call-overload]
+        if options.get("dtype") == torch.uint8:
+            workspaces.append(tensor)
+        return tensor
+
+    def observer(kernel: str) -> None:
+        if kernel.startswith("list of tiles"):
+            spoil(workspaces[-1].view(torch.int32).view(-1, 4))
+
+    monkeypatch.setattr(torch, "empty", watched)
+    extension.observe_launches(observer)
+
+
+@pytest.fixture
+def _nobody_watches() -> Iterator[None]:
+    yield
+    cuda_host_build.build_backend().observe_launches(None)
+
+
+@pytest.mark.usefixtures("_nobody_watches")
+@pytest.mark.parametrize("case", LISTED.values(), ids=LISTED)
+def test_attention_passes_over_items_without_rows(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, case: tuple[tuple[int, ...], int, int]
+) -> None:
+    lengths, heads, head_dim = case
+
+    def insert_empty_tiles(rows: Tensor) -> None:
+        n = int(rows[0, 0])
+        tiles = rows[1 : n + 1].clone()
+        empty = torch.tensor([[5, 0, 0, 0], [0, 128, 128, 0]], dtype=torch.int32)
+        # First of all, twice in a row, and last.
+        tiles = torch.cat([empty[:1], tiles[:3], empty, tiles[3:], empty[1:]])
+        assert len(tiles) < len(rows), "the list has room"
+        rows[1 : len(tiles) + 1] = tiles
+        rows[0, 0] = len(tiles)
+
+    spoil_list(monkeypatch, insert_empty_tiles)
+    q, k, v = random_qkv(sum(lengths), 0, heads, head_dim, torch.float16).unbind(1)
+    assert_as_good_as_eager(kernels, q, k, v, lengths)
+
+
+# Negative, falling and beyond the last token, but no row is of two sequences or of the tail too.
+NONSENSE = {
+    "negative": (-5, -(2**31), 100, 400),
+    "falling": (350, 100, 50, 400),
+    "beyond": (0, 100, 2**31 - 1, 2**31 - 1, 2**30, 400),
+}
+# More tiles than the list has room for, and a tail that begins before the first row.
+OVERLAPPING = {"sequences": (0, *[400, 0] * 12, 400), "tail": (0, 100, -7)}
+
+
+def attend_to_nonsense(ends: tuple[int, ...], longest: int) -> None:
+    q, k, v = random_qkv(400, 0, 1, 32, torch.float16).unbind(1)
+    load("cuda-host").attention(q, k, v, torch.tensor(ends, dtype=torch.int32), longest, 32**-0.5)
+
+
+# The two classes of short sequences, and tiles from the list.
+@pytest.mark.parametrize("longest", (30, 100, 300), ids=lambda longest: f"max{longest}")
+@pytest.mark.parametrize("ends", NONSENSE.values(), ids=NONSENSE)
+def test_sequences_that_are_none_stay_within_the_operands(
+    ends: tuple[int, ...], longest: int
+) -> None:
+    """Nobody checks cu_seqlens on the device: no loop may run for long, and no access go astray."""
+    attend_to_nonsense(ends, longest)
+
+
+@pytest.mark.parametrize("longest", (30, 100, 300), ids=lambda longest: f"max{longest}")
+@pytest.mark.parametrize("ends", OVERLAPPING.values(), ids=OVERLAPPING)
+def test_sequences_that_overlap_are_a_conflict_and_nothing_worse(
+    ends: tuple[int, ...], longest: int
+) -> None:
+    error = cuda_host_build.build_backend().EmulationError
+    with pytest.raises(error, match=r"attention of .* has written, and no barrier orders them"):
+        attend_to_nonsense(ends, longest)

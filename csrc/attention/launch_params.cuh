@@ -39,8 +39,9 @@ EF_DEVICE Element* out_rows_from(const AttentionLaunch& p, int row, int head) {
 // often none.
 EF_DEVICE void clear_tail(const AttentionLaunch& p) {
     constexpr int kElements = sizeof(uint4) / 2;
-    const int first = load_global(p.cu_seqlens + p.batch);
-    if (first >= p.total) return;
+    const int end = load_global(p.cu_seqlens + p.batch);
+    if (end >= p.total) return;
+    const int first = end > 0 ? end : 0;
     const int64_t row_stores = static_cast<int64_t>(p.heads) * p.head_dim / kElements;
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;

@@ -41,19 +41,31 @@ EF_DEVICE int begin_buckets(SharedAddress buckets) {
     return shuffle(end, kWarpSize - 1);
 }
 
+// Begin, length and number of tiles of a sequence.
+struct Tiles {
+    int begin, length, n;
+
+    EF_DEVICE Tiles(const AttentionLaunch& p, int sequence)
+        : begin(load_global(p.cu_seqlens + sequence)),
+          length(load_global(p.cu_seqlens + sequence + 1) - begin) {
+        keep_within(p, begin, length);
+        n = length > 0 ? (length + p.tile_rows - 1) / p.tile_rows : 0;
+    }
+};
+
 // One block. The order within a bucket is left to chance; no result depends on it.
 __global__ void __launch_bounds__(kListThreads, 1)
 list_tiles_kernel(const __grid_constant__ AttentionLaunch p) {
     const SharedAddress buckets = shared_memory();
     const int thread = static_cast<int>(threadIdx.x);
     uint4* const list = static_cast<uint4*>(p.workspace);
+    const int most = most_tiles(p);
 
     for (int i = thread; i < kBuckets; i += kListThreads) store_shared(buckets + 4 * i, 0);
     sync_threads();
     for (int b = thread; b < p.batch; b += kListThreads) {
-        const int length = load_global(p.cu_seqlens + b + 1) - load_global(p.cu_seqlens + b);
-        const int tiles = (length + p.tile_rows - 1) / p.tile_rows;
-        if (tiles > 0) atomic_add_shared(buckets + 4 * bucket_of(length), tiles);
+        const Tiles tiles(p, b);
+        if (tiles.n > 0) atomic_add_shared(buckets + 4 * bucket_of(tiles.length), tiles.n);
     }
     sync_threads();
     if (thread < kWarpSize) {
@@ -62,15 +74,15 @@ list_tiles_kernel(const __grid_constant__ AttentionLaunch p) {
     }
     sync_threads();
     for (int b = thread; b < p.batch; b += kListThreads) {
-        const int begin = load_global(p.cu_seqlens + b);
-        const int length = load_global(p.cu_seqlens + b + 1) - begin;
-        const int tiles = (length + p.tile_rows - 1) / p.tile_rows;
-        if (tiles == 0) continue;
-        uint4* const first = list + 1 + atomic_add_shared(buckets + 4 * bucket_of(length), tiles);
-        for (int i = 0; i < tiles; i++) {
+        const Tiles tiles(p, b);
+        if (tiles.n == 0) continue;
+        const int first = atomic_add_shared(buckets + 4 * bucket_of(tiles.length), tiles.n);
+        for (int i = 0; i < tiles.n; i++) {
+            // There are more only where sequences overlap, which they never should.
+            if (first + i >= most) break;
             const uint32_t row = static_cast<uint32_t>(i * p.tile_rows);
-            store_global(first + i, uint4{static_cast<uint32_t>(begin),
-                                          static_cast<uint32_t>(length), row, 0});
+            store_global(list + 1 + first + i, uint4{static_cast<uint32_t>(tiles.begin),
+                                                     static_cast<uint32_t>(tiles.length), row, 0});
         }
     }
 }

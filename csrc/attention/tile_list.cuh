@@ -28,10 +28,21 @@ inline int64_t list_entries(int64_t total, int64_t batch) {
     return 1 + total / kLeastTileRows + batch;
 }
 
+// What a sequence has of the tokens that there are. Nobody checks cu_seqlens on the device: with
+// numbers that are none, a loop over keys would run for seconds, outside of every operand.
+EF_DEVICE void keep_within(const AttentionLaunch& p, int& begin, int& length) {
+    begin = begin < 0 ? 0 : begin > p.total ? p.total : begin;
+    length = length < p.total - begin ? length : p.total - begin;
+}
+
+// As many tiles as sequences that do not overlap can have.
+EF_DEVICE int most_tiles(const AttentionLaunch& p) { return p.total / p.tile_rows + p.batch; }
+
 EF_DEVICE int count_items(const AttentionLaunch& p) {
-    const int tiles = p.listed ? load_global(static_cast<const int*>(p.workspace))
-                               : p.batch * p.tiles_per_sequence;
-    return tiles * p.heads;
+    if (!p.listed) return p.batch * p.tiles_per_sequence * p.heads;
+    const int tiles = load_global(static_cast<const int*>(p.workspace));
+    const int most = most_tiles(p);
+    return (tiles < most ? tiles : most) * p.heads;
 }
 
 // Heads run fastest: neighbouring items read neighbouring columns of the same rows.
@@ -50,6 +61,7 @@ EF_DEVICE Work find_work(const AttentionLaunch& p, int item) {
         work.n_keys = load_global(p.cu_seqlens + sequence + 1) - work.begin;
         work.first_row = (tile - sequence * p.tiles_per_sequence) * p.tile_rows;
     }
+    keep_within(p, work.begin, work.n_keys);
     return work;
 }
 
@@ -70,15 +82,22 @@ EF_DEVICE void for_each_item(const AttentionLaunch& p, int n_items, SharedAddres
     while (item < n_items) {
         const Work work = find_work(p, item);
         const int next = asks ? take_item(p) : 0;
+        const auto begun = [&] {
+            if (asks) store_shared(slot, next);
+        };
         if (work.first_row < work.n_keys) {
-            attend(work, [&] {
-                if (asks) store_shared(slot, next);
-            });
+            attend(work, begun);
+        } else if (p.listed) {
+            sync_threads();
+            begun();
         }
         if (!p.listed) return;
         // All are done with the tiles in shared memory, and see the slot.
         sync_threads();
-        item = load_shared<int>(slot);
+        const int taken = load_shared<int>(slot);
+        // The counter only grows. Whatever the slot says, no block runs for ever.
+        if (taken <= item) return;
+        item = taken;
     }
 }
 

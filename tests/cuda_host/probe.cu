@@ -8,6 +8,7 @@
 #include <map>
 #include <vector>
 
+#include "attention/tile_list.cuh"
 #include "bind_emulation.h"
 #include "launch.cuh"
 
@@ -214,6 +215,46 @@ const std::map<std::string, int> kConflicts = {
     {"none", kNoConflict},
 };
 
+// Marks the items of a list that blocks come to: out[begin] is the block that took the item. The
+// second block's slot is spoiled after each of its items.
+struct ItemsLaunch : AttentionLaunch {
+    bool spoils;
+    int spoiled;
+};
+
+__global__ void items_kernel(ItemsLaunch p) {
+    const SharedAddress slot = shared_memory();
+    int visits = 0;
+    for_each_item(p, count_items(p), slot, [&](const Work& work, auto begun) {
+        if (++visits > 1000) throw emulation::Error("a block runs for ever");
+        sync_threads();
+        begun();
+        if (threadIdx.x != 0) return;
+        store_global(static_cast<uint32_t*>(p.out) + work.begin, blockIdx.x);
+        if (p.spoils && blockIdx.x == 1) store_shared(slot, p.spoiled);
+    });
+}
+
+// `list` is as csrc/attention/tile_list.cuh lays it out, with one head.
+Words items(Words list, int blocks, int total, bool spoils, int spoiled) {
+    Words out(total, 0xdeadbeef);
+    ItemsLaunch p{};
+    p.workspace = list.data();
+    p.out = out.data();
+    p.total = total;
+    p.batch = 0;
+    p.heads = p.tile_rows = 1;
+    p.listed = true;
+    p.spoils = spoils;
+    p.spoiled = spoiled;
+    emulation::forbid_all();
+    emulation::allow(reinterpret_cast<uintptr_t>(list.data()), 1, 4 * list.size(), 0, true);
+    emulation::allow(reinterpret_cast<uintptr_t>(out.data()), 1, 4 * out.size(), 0, true);
+    launch(items_kernel, LaunchShape{blocks, 64, 16}, p, nullptr, "items");
+    emulation::forbid_all();
+    return out;
+}
+
 enum Mistake {
     kNone,
     kNoBarrierBeforeRead,
@@ -340,6 +381,7 @@ PYBIND11_MODULE(_cuda_probe, m) {
         for (const auto& item : kConflicts) names.push_back(item.first);
         return names;
     });
+    m.def("items", items);
     m.def("mistake", [](const std::string& name) { return mistake(kMistakes.at(name)); });
     m.def("mistakes", [] {
         std::vector<std::string> names;
