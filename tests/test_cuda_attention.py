@@ -8,6 +8,7 @@ itself. Every input lies in a buffer that is NaN around it, and every output sta
 from __future__ import annotations
 
 import itertools
+import math
 from types import ModuleType
 
 import pytest
@@ -284,6 +285,27 @@ def test_extreme_scores(kernel: ModuleType, kind: str, dtype: torch.dtype) -> No
             # in the one case; exp would overflow without the maximum in the other.
             q, k = q * 0.01 + 10, k * 0.01 + (10 if kind == "all-positive" else -10)
         assert_as_good_as_eager(kernel, q, k, v, lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("step", (7, 9, 15, 17, 23, 40, 130))
+def test_maxima_that_rise_from_tile_to_tile(
+    kernel: ModuleType, step: int, dtype: torch.dtype
+) -> None:
+    """By `step` in powers of two, and the last tile goes first.
+
+    Up to 8 nothing is rescaled, and weights of 2**7 come out right. From 16 on weights that were
+    not rescaled are infinite in float16, and from 128 on in bfloat16 and in the sums too.
+    """
+    # Heads of 64: those of 32 have all these keys in one tile.
+    length = 3 * 64
+    q, k, v = random_qkv(length, 0, 1, 64, dtype).unbind(1)
+    # Beside the noise of all other columns, q k is the step of the tile in powers of two.
+    q[..., 0] = 1.0
+    q[::3, :, 0] = 0.0  # some rows of each warp stay where they are
+    k[..., 0] = torch.tensor([1.0, 2.0, 0.0], device=DEVICE).repeat_interleave(64)[:, None] * step
+    q[..., 1:] *= 0.1
+    assert_as_good_as_eager(kernel, q, k, v, (length,), scale=math.log(2))
 
 
 @pytest.mark.parametrize("scale", (1e-4, 0.3, 1.0, 7.5))
