@@ -14,6 +14,9 @@
 // - Barriers, shuffles, votes and atomics are the functions below; threadIdx, blockIdx, blockDim
 //   and gridDim are as in CUDA.
 //
+// A function here needs a case in tests/cuda_host/wrappers.cu, which holds the PTX of its device body
+// against its host body.
+//
 // Numbers in half precision are `Half` and `BFloat16`, which are bits and nothing else; arithmetic
 // is done in float.
 
@@ -142,10 +145,10 @@ EF_DEVICE float exp2_approx(float x) {
 #endif
 }
 
-// To 1 unit in the last place; results below the smallest normal float are 0.
+// To 1 unit in the last place; arguments and results below the smallest normal float are 0.
 EF_DEVICE float reciprocal_approx(float x) {
 #ifdef ENCODER_FAST_HOST
-    return 1.0f / x;
+    return emulation::flushed(1.0f / emulation::flushed(x));
 #else
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

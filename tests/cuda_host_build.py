@@ -85,7 +85,7 @@ def build(module: str, *sources: Path) -> ModuleType:
 
 def build_probe() -> ModuleType:
     """The module `_cuda_probe`: small kernels that ask the emulation, one question each."""
-    return build("_cuda_probe", EMULATION / "probe.cu")
+    return build("_cuda_probe", EMULATION / "probe.cu", EMULATION / "wrappers.cu")
 
 
 def build_backend() -> ModuleType:

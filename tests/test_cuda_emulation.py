@@ -1,7 +1,7 @@
 """The emulation of CUDA's execution model that the CUDA kernels are tested on.
 
-The fragment layouts are written out here from the tables of the PTX ISA ("Matrix Fragments for
-mma.m16n8k16 with floating point type", "ldmatrix"), apart from the emulation's own arithmetic.
+The fragment layouts come from tests/ptx_interpreter.py, which has them from the tables of the PTX
+ISA, apart from the emulation's own arithmetic.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import cuda_host_build
 import numpy as np
 import pytest
 import torch
+from ptx_interpreter import a_element, b_element, c_element, matrix_element
 
 reason = cuda_host_build.why_not()
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -20,26 +21,6 @@ pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 @pytest.fixture(scope="module")
 def probe() -> ModuleType:
     return cuda_host_build.build_probe()
-
-
-# PTX ISA, mma.m16n8k16: groupID = lane >> 2, threadID_in_group = lane % 4.
-def a_element(lane: int, i: int) -> tuple[int, int]:
-    """Row and column of element a_i of a lane."""
-    group, thread = lane >> 2, lane % 4
-    row = group if i in (0, 1, 4, 5) else group + 8
-    column = thread * 2 + (i & 1) if i < 4 else thread * 2 + (i & 1) + 8
-    return row, column
-
-
-def b_element(lane: int, i: int) -> tuple[int, int]:
-    group, thread = lane >> 2, lane % 4
-    row = thread * 2 + (i & 1) if i < 2 else thread * 2 + (i & 1) + 8
-    return row, group
-
-
-def c_element(lane: int, i: int) -> tuple[int, int]:
-    group, thread = lane >> 2, lane % 4
-    return (group if i < 2 else group + 8), thread * 2 + (i & 1)
 
 
 def words(values: list[torch.Tensor]) -> list[int]:
@@ -76,9 +57,8 @@ def test_ldmatrix(probe: ModuleType, matrices: int, transposed: bool) -> None:
     out = np.array(out, np.uint32).view(np.uint16).reshape(32, matrices, 2)
     for lane in range(32):
         for matrix in range(matrices):
-            row, column = lane // 4, 2 * (lane % 4)
-            held = values[matrix].T if transposed else values[matrix]
-            assert out[lane, matrix].tolist() == held[row, column : column + 2].tolist()
+            expected = [values[matrix][at] for at in matrix_element(lane, transposed)]
+            assert out[lane, matrix].tolist() == expected
 
 
 def test_shuffles_and_vote(probe: ModuleType) -> None:

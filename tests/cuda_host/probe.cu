@@ -12,6 +12,9 @@
 #include "bind_emulation.h"
 #include "launch.cuh"
 
+// In wrappers.cu.
+std::vector<uint32_t> run_wrapper(const std::string& name, std::vector<uint32_t> in);
+
 namespace encoder_fast {
 namespace {
 
@@ -388,6 +391,7 @@ PYBIND11_MODULE(_cuda_probe, m) {
         for (const auto& item : kMistakes) names.push_back(item.first);
         return names;
     });
+    m.def("run_wrapper", run_wrapper);
     m.def("half_to_float", emulation::half_to_float);
     m.def("float_to_half", emulation::float_to_half);
     m.def("bfloat16_to_float", emulation::bfloat16_to_float);
