@@ -13,6 +13,11 @@ class StreamOrder:
     Made by whoever has just written the buffers for the first time, on the current stream.
     """
 
+    @classmethod
+    def of(cls, buffers: list[Tensor]) -> StreamOrder | None:
+        """``None`` where there is nothing to keep in order: no buffers, or none on a GPU."""
+        return cls(buffers) if buffers and buffers[0].device.type == "cuda" else None
+
     def __init__(self, buffers: list[Tensor]) -> None:
         self._buffers = buffers
         self._device = buffers[0].device

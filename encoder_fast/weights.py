@@ -292,8 +292,6 @@ class WeightCache:
         weights = self._prepare()
         stacked, stacked_from = self._stacked(weights)
         derived = self._derived(weights)
-        buffers = [*stacked, *derived]
-        on_gpu = bool(buffers) and buffers[0].device.type == "cuda"
         return _Live(
             look,
             [tensor.detach() for tensor in look.tensors if tensor is not None],
@@ -301,7 +299,7 @@ class WeightCache:
             stacked_from,
             derived,
             weights,
-            StreamOrder(buffers) if on_gpu else None,
+            StreamOrder.of([*stacked, *derived]),
         )
 
     def _write(self, live: _Live) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from berts import tiny
 
+import encoder_fast
 from encoder_fast import streams
 from encoder_fast.streams import StreamOrder
 
@@ -85,3 +89,25 @@ def test_alone_on_its_stream_nobody_waits(cuda: Any) -> None:
     order.write(lambda: a.log.append("write"))
     order.before_reading()
     assert a.log == ["write"] and buffer.told == []
+
+
+def test_each_use_of_weights_is_put_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    def write(launch: Callable[[], None]) -> None:
+        log.append("write")
+        launch()
+
+    order = SimpleNamespace(before_reading=lambda: log.append("read"), write=write)
+    monkeypatch.setattr(StreamOrder, "of", lambda buffers: order)
+    model = encoder_fast.patch(tiny(), "reference")
+    cache = model.__dict__["_encoder_fast"]._reading.cache
+    like = model.embeddings.word_embeddings.weight
+    first = cache.current(like, 1)
+    assert log == []
+    assert cache.current(like, 1) is first and cache.may_run_ahead(first, 1)
+    assert log == ["read", "read"]
+    with torch.no_grad():
+        model.encoder.layer[0].attention.self.key.bias.add_(1)
+    assert cache.current(like, 1) is first
+    assert log == ["read", "read", "write"]
