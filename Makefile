@@ -37,7 +37,7 @@ RXNFP_SHA256 := c5c1e818add6f34539a6b29bc680c47c9e7311e9383d1b34ce901481e34b58cf
 GENSIM        := $(WHEELS)/gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl
 GENSIM_SHA256 := 91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8
 
-.PHONY: help demo test mutants test-gpu bench bench-gpu first-contact cuda-in-tree lint format matrix build clean distclean
+.PHONY: help demo test mutants test-gpu bench bench-gpu cost first-contact cuda-in-tree lint format matrix build clean distclean
 .DELETE_ON_ERROR:
 
 help: ## List these targets
@@ -71,6 +71,9 @@ first-contact: ## On an NVIDIA GPU, build, tests, sweep, sanitizers, bench: 7.5 
 	@$(PYTHON_FITS)
 	@test -n "$(OUT)" || { echo "first-contact needs OUT=folder, where all results go" >&2; exit 1; }
 	@PYTHONPATH=. $(PYTHON) -m bench.first_contact "$(OUT)"
+
+cost: $(VENV)/.test $(CUDA) ## Count the kernels' machine code: docs/kernels/cost.md, no GPU needed
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench cost
 
 # Nothing is installed: the extension is built beside its sources, by the Python that imports it. A
 # second run compiles what has changed. Without the extension half of the tests and benchmarks would

@@ -203,24 +203,39 @@ def tune(filter: Filter = "", out: Out = None, fake: Fake = False) -> None:
 @app.command()
 def cost(
     kernel: Annotated[
-        str, typer.Argument(help="A regular expression for names of kernels.", show_default=False)
-    ],
-    arch: Annotated[str, typer.Option(help="Which machine code to read.")] = "sm_90a",
+        str | None,
+        typer.Argument(
+            help="Print the kernels whose names this regular expression is found in.",
+            show_default="write the table of all",
+        ),
+    ] = None,
+    arch: Annotated[int, typer.Option(help="For printing: 80, 90 or 100.")] = 90,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for cost.md and costs.json.", show_default="docs/kernels and bench/cost"
+        ),
+    ] = None,
 ) -> None:
-    """What kernels of the built CUDA extension take by pipe of the card; needs no GPU."""
-    from rich.console import Console
+    """What kernels take of a card by their machine code; needs Triton or nvcc, and no GPU."""
+    from bench.cost import record
+    from bench.cost.pipes import CARDS
+    from bench.cost.run import show_kernels, write_table
+    from bench.sources import ROOT
 
-    from bench.cost.cuda_binary import cuobjdump, extension, read_kernels
-    from bench.cost.show import show_built
-
-    built = extension()
-    if built is None or cuobjdump() is None:
-        raise typer.BadParameter("the extension encoder_fast._cuda and cuobjdump are needed")
-    kernels = read_kernels(built, kernel, arch)
-    if not kernels:
-        raise typer.BadParameter(f"no kernel for {arch} has {kernel!r} in its name")
-    for found in sorted(kernels, key=lambda k: k.name):
-        show_built(Console(), found)
+    if kernel is None:
+        page = (out or ROOT / "docs" / "kernels") / "cost.md"
+        counts = record.PATH if out is None else out / record.PATH.name
+        try:
+            write_table(page, counts)
+        except RuntimeError as error:
+            raise typer.BadParameter(str(error)) from None
+        print(f"wrote {page.name} and {counts.name}")
+        return
+    if arch not in CARDS:
+        raise typer.BadParameter(f"--arch must be one of {sorted(CARDS)}, got {arch}")
+    if not show_kernels(kernel, arch):
+        raise typer.BadParameter(f"no kernel has {kernel!r} in its name")
 
 
 @app.command()

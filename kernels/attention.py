@@ -92,7 +92,7 @@ _BY_LONGEST_SMALL: Ladder = (
 )
 _BY_MEAN_SMALL: Ladder = (
     (160, AttentionConfig(32, 32, 4, 2)),
-    (sys.maxsize, AttentionConfig(64, 32, 8, 2)),
+    (sys.maxsize, AttentionConfig(128, 32, 8, 2)),
 )
 
 # float32 runs on the FMA units or as TF32, and either keeps more of it in registers still.

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from bench.cost.cuda_binary import CompiledKernel, cuobjdump, read_kernels
+from bench.cost.cuda_binary import CSRC, CompiledKernel, compile_fatbin, cuobjdump, read_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
 ARCHS = ("89", "100a", "120")
 HEAD_DIMS = (32, 64, 128)
 
@@ -37,14 +35,7 @@ pytestmark = [
 
 
 def compiled(source: str, folder: Path) -> list[CompiledKernel]:
-    # The PTX says what was planned.
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    targets += ["-gencode=arch=compute_80,code=compute_80"]
-    command = ["nvcc", "-std=c++17", "-O3", "-fatbin", *targets, f"-I{ROOT / 'csrc'}"]
-    command += [str(ROOT / "csrc/attention" / source), "-o", str(folder / "fatbin")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kernels = read_kernels(folder / "fatbin")
+    kernels = read_kernels(compile_fatbin(CSRC / "attention" / source, ARCHS, folder))
     assert len({kernel.arch for kernel in kernels}) == len(ARCHS)
     for kernel in kernels:
         assert kernel.resident_blocks, kernel.name

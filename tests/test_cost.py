@@ -82,6 +82,32 @@ def test_a_pass_skips_what_does_no_work() -> None:
     assert len(graph.code_of(loop)) == 10
 
 
+# The loop is left at its top, and comes back by a jump without a condition.
+LEFT_AT_THE_TOP = """
+    MOV R0, R1
+    @P0 BRA to 4
+    HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24
+    BRA to 1
+    HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24
+    HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24
+    @P1 BRA to 4
+    EXIT
+"""
+
+
+def test_a_pass_goes_on_behind_a_loop_that_is_left_at_its_top() -> None:
+    found = analyse(program(LEFT_AT_THE_TOP))
+    assert found.step is not None and found.step.shapes == {"HGMMA.64x64x16.F32.BF16": 2}
+    # The first loop once, beside the second one, which is the main one.
+    assert found.around.shapes == {"HGMMA.64x64x16.F32.BF16": 1}
+    assert found.around.issue == 5
+
+
+def test_a_call_may_be_a_jump_out_of_a_loop() -> None:
+    left_by_a_call = LEFT_AT_THE_TOP.replace("@P0 BRA to 4", "@P0 CALL.REL.NOINC to 4")
+    assert analyse(program(left_by_a_call)) == analyse(program(LEFT_AT_THE_TOP))
+
+
 def test_code_without_products_or_much_memory_in_a_loop_is_taken_whole() -> None:
     found = analyse(
         program("LDG.E.128 R0, [R2]\nIADD3 R1, R1, R2, RZ\n@P0 BRA to 1\nSTG.E.128 [R2], R0\nEXIT")
@@ -121,7 +147,7 @@ def test_instructions(line: str, unit: str, shared: int, moved: int, products: i
     counts = count(program(line))
     assert getattr(counts, unit) == (products or 1)
     assert (counts.shared_bytes, counts.global_bytes) == (shared, moved)
-    assert counts.tensor_fma == products and counts.issue == 1
+    assert counts.mma + counts.wgmma == products and counts.issue == 1
 
 
 def test_clocks_of_an_attention_tile() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.cost.pipes import Counts, count, work_of
-from bench.cost.sass import Graph, Instruction, Loop
+from bench.cost.sass import Graph, Instruction, Loop, Work
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,24 @@ def analyse(code: Sequence[Instruction]) -> Analysis:
     graph = Graph(code)
     loops = graph.loops()
     loop = main_loop(graph, loops)
+    beside: set[int] = set()
+    if count(code).products:
+        # Other loops clear rows that belong to nobody, or look for a sequence: not what is timed.
+        for other in loops:
+            if not count(graph.code_of(other)).products:
+                beside |= {instruction.address for instruction in graph.code_of(other)}
+
+    def work(instruction: Instruction) -> Work:
+        return (0, 0) if instruction.address in beside else work_of(instruction)
+
     if loop is None:
-        whole = graph.path(None, work_of)
+        whole = graph.path(None, work)
         return Analysis(None, count(whole), count(code).barriers)
     # A kernel that takes one tile of its output after another has a loop around the main one.
     outer = [o for o in loops if o.blocks > loop.blocks]
     body = min(outer, key=lambda o: len(o.blocks)) if outer else None
-    step = count(graph.path(loop, work_of))
-    around = count(graph.path(body, work_of)) - step
+    step = count(graph.path(loop, work))
+    around = count(graph.path(body, work)) - step
     return Analysis(step, around, count(graph.code_of(loop)).barriers)
 
 
@@ -46,13 +56,13 @@ def main_loop(graph: Graph, loops: Sequence[Loop]) -> Loop | None:
     if not loops:
         return None
     work = {loop: count(graph.path(loop, work_of)) for loop in loops}
-    products = max(counts.tensor_fma for counts in work.values())
+    products = max(counts.products for counts in work.values())
     if products:
         # A loop around it may have a few of its own, such as what the first step needs.
-        best = [loop for loop in loops if 2 * work[loop].tensor_fma > products]
+        best = [loop for loop in loops if 2 * work[loop].products > products]
         return min(best, key=lambda loop: len(loop.blocks))
     whole = count(graph.path(None, work_of))
-    if whole.tensor_fma:
+    if whole.products:
         return None
     most = [loop for loop in loops if 2 * work[loop].global_bytes > whole.global_bytes]
     return min(most, key=lambda loop: len(loop.blocks), default=None)

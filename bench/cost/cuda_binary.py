@@ -26,6 +26,9 @@ REGISTERS = 64 * 1024
 SYSTEM_SHARED = 1024
 
 
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+
 @dataclass
 class CompiledKernel:
     """One kernel on one architecture."""
@@ -38,6 +41,11 @@ class CompiledKernel:
     threads: int = 0
     resident_blocks: int = 0
     code: list[Instruction] = field(default_factory=list, repr=False)
+
+    @property
+    def number(self) -> int:
+        """The architecture, as 90 for sm_90a."""
+        return int(re.sub(r"\D", "", self.arch))
 
     @cached_property
     def instructions(self) -> Counter[str]:
@@ -59,8 +67,7 @@ class CompiledKernel:
                 f"{self.registers} registers: {self.resident_blocks} blocks of {self.threads} "
                 "threads are not resident together"
             )
-        hopper_or_later = int(re.sub(r"\D", "", self.arch)) >= 90
-        if self.shared_bytes > (SYSTEM_SHARED if hopper_or_later else 0):
+        if self.shared_bytes > (SYSTEM_SHARED if self.number >= 90 else 0):
             return f"{self.shared_bytes} bytes of static shared memory"
         return None
 
@@ -79,6 +86,29 @@ def cuobjdump() -> str | None:
         if packaged.exists():
             return str(packaged)
     return shutil.which("cuobjdump")
+
+
+def compile_fatbin(source: Path, targets: Iterable[str], folder: Path) -> Path:
+    """A CUDA file compiled by nvcc for architectures such as 100a, into the folder.
+
+    Raises:
+        RuntimeError: it doesn't compile.
+    """
+    # The PTX says what was planned.
+    options = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+    options += ["-gencode=arch=compute_80,code=compute_80", f"-I{CSRC}"]
+    binary = folder / f"{source.stem}.fatbin"
+    command = ["nvcc", "-std=c++17", "-O3", "-fatbin", *options, str(source), "-o", str(binary)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{source.name}: {result.stderr}")
+    return binary
+
+
+def ptx_version(binary: Path) -> str:
+    """The version of PTX in a library, which tells nvcc's: 9.0 is of CUDA 13.0."""
+    versions = (line.split()[-1] for line in _dump(binary, "-ptx") if line.startswith(".version"))
+    return max(versions)
 
 
 def read_kernels(binary: Path, wanted: str = "", arch: str = "") -> list[CompiledKernel]:

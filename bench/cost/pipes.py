@@ -27,7 +27,7 @@ class Card:
     Attributes:
         tensor: 16-bit multiply-adds a clock of a multiprocessor at the rated peak.
         mma_share: of them what mma.sync reaches.
-        fp32: float32 multiply-adds a clock of a part.
+        fp32: lanes of a part that multiply and add float32; `integer` of them integers too.
         copy: bytes a second that a copy moves, reads and writes together.
     """
 
@@ -40,6 +40,7 @@ class Card:
     fp32: int
     copy: float
     shared_bytes: int
+    integer: int = 16
     alu: int = 16
     special: int = 4
     shared: int = 128
@@ -63,11 +64,13 @@ PIPES = ("tensor", "mufu", "fma", "alu", "shared", "shuffle", "issue")
 class Counts:
     """What the warps of a block run together in one pass of a piece of code.
 
-    Figures are instructions of one warp, but for multiply-adds and bytes, which are its share.
+    Figures are instructions of one warp, but for multiply-adds (mma, wgmma) and bytes, which are
+    its share. Products of tcgen05 are instructions of the block: their size is in no mnemonic.
     """
 
     mma: int = 0
     wgmma: int = 0
+    tcgen05: int = 0
     mufu: int = 0
     fma: int = 0
     fma_heavy: int = 0
@@ -84,8 +87,9 @@ class Counts:
     shapes: dict[str, int] = field(default_factory=dict)
 
     @property
-    def tensor_fma(self) -> int:
-        return self.mma + self.wgmma
+    def products(self) -> int:
+        """To compare one piece of a kernel with another."""
+        return self.mma + self.wgmma + self.tcgen05
 
     def __sub__(self, other: Counts) -> Counts:
         shapes = {k: n - other.shapes.get(k, 0) for k, n in self.shapes.items()}
@@ -151,7 +155,8 @@ def unit_of(instruction: Instruction) -> str:
 
 def work_of(instruction: Instruction) -> Work:
     """What a kernel exists for: products, bytes to and from memory."""
-    return tensor_fma(instruction), global_bytes(instruction)
+    products = tensor_fma(instruction) or int(unit_of(instruction) == "tensor")
+    return products, global_bytes(instruction)
 
 
 def tensor_fma(instruction: Instruction) -> int:
@@ -194,14 +199,9 @@ def shared_bytes(instruction: Instruction) -> int:
         return max(128, access_bytes(instruction))
     if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\.", instruction.name):
         rows, columns, depth = map(int, match.groups())
-        # Its operands are the result, A and B: in registers, or by a descriptor.
-        from_shared = (
-            rows
-            if instruction.operands.count("gdesc") == 1
-            and re.match(r"R\d+, gdesc", instruction.operands)
-            else 0
-        ) + columns
-        return from_shared * depth * 2 // PARTS
+        # Behind the result comes A in registers, or one descriptor for both A and B.
+        a_is_shared = re.match(r"R\d+, gdesc", instruction.operands) is not None
+        return (rows * a_is_shared + columns) * depth * 2 // PARTS
     return 0
 
 
@@ -215,8 +215,10 @@ def count(code: Iterable[Instruction]) -> Counts:
             amount = tensor_fma(instruction)
             if instruction.opcode == "HMMA":
                 counts.mma += amount
-            else:
+            elif instruction.opcode == "HGMMA":
                 counts.wgmma += amount
+            else:
+                counts.tcgen05 += 1
             counts.shapes[name] = counts.shapes.get(name, 0) + 1
         elif unit != "control":
             setattr(counts, unit, getattr(counts, unit) + 1)
@@ -228,15 +230,18 @@ def count(code: Iterable[Instruction]) -> Counts:
     return counts
 
 
-def clocks(counts: Counts, warps: int, card: Card) -> Clocks:
-    """Clocks by pipe for a pass of a block of `warps` warps."""
+def clocks(counts: Counts, warps: int, card: Card, tcgen05_fma: float = 0) -> Clocks:
+    """Clocks by pipe for a pass of a block of `warps` warps.
+
+    Args:
+        tcgen05_fma: multiply-adds of all such instructions together.
+    """
     # Instructions of one warp on one part, at a rate in lanes a clock.
     share = warps / PARTS
-    integer = counts.fma_heavy * LANES / 16
+    integer = counts.fma_heavy * LANES / card.integer
     return Clocks(
-        tensor=(counts.wgmma + counts.mma / card.mma_share) * warps / card.tensor,
+        tensor=((counts.wgmma + counts.mma / card.mma_share) * warps + tcgen05_fma) / card.tensor,
         mufu=share * counts.mufu * LANES / card.special,
-        # Half of a part's float32 lanes multiply integers too.
         fma=share * max(integer, (counts.fma + counts.fma_heavy) * LANES / card.fp32),
         alu=share * counts.alu * LANES / card.alu,
         shared=warps * counts.shared_bytes / card.shared,

@@ -17,6 +17,7 @@ each once, come back as JSON.
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import os
@@ -57,7 +58,8 @@ class CompiledKernel:
     """A kernel as a launcher had it compiled; `error` alone is set when the call raised.
 
     A type in `types` ends in ":16" where Triton was told of a pointer aligned to 16 bytes or of an
-    integer divisible by 16. Among `constants` are the arguments that are None or 1.
+    integer divisible by 16. Among `constants` are the arguments that are None or 1. `cubin` is in
+    base 64.
     """
 
     arch: int
@@ -71,6 +73,7 @@ class CompiledKernel:
     stack_bytes: int = 0
     shared_bytes: int = 0
     ptx: str = ""
+    cubin: str = ""
     ptxas_log: str = ""
     triton_version: str = ""
     error: str = ""
@@ -129,21 +132,27 @@ def compile_launches(calls: Sequence[LauncherCall], workers: int = 2) -> list[Co
 
     A call that raises gives a kernel with `error` set; only a process that dies as a whole raises.
     """
+    every = [kernel for kernels in launches_of(calls, workers) for kernel in kernels]
+    return list({id(kernel): kernel for kernel in every}.values())
+
+
+def launches_of(calls: Sequence[LauncherCall], workers: int = 2) -> list[list[CompiledKernel]]:
+    """For each call the kernels that it launches, those that an earlier one launched among them."""
+    workers = min(workers, len(calls))
     with tempfile.TemporaryDirectory() as folder:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        # What comes out of a cache has no assembler's log.
-        environment["TRITON_CACHE_DIR"] = str(Path(folder) / "cache")
 
         running = []
-        for i_worker in range(min(workers, len(calls))):
+        for i_worker in range(workers):
             # Striding spreads the dear architectures and shapes evenly over the workers.
             share = [asdict(call) for call in calls[i_worker::workers]]
             file_in, file_out = Path(folder) / f"{i_worker}.in", Path(folder) / f"{i_worker}.out"
             file_in.write_text(json.dumps(share))
             process = subprocess.Popen(
                 [sys.executable, "-m", "bench.cost.triton_compile", str(file_in), str(file_out)],
-                env=environment,
+                # What comes out of a cache has no assembler's log: none that others fill.
+                env={**environment, "TRITON_CACHE_DIR": str(Path(folder) / f"{i_worker}.cache")},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -151,17 +160,23 @@ def compile_launches(calls: Sequence[LauncherCall], workers: int = 2) -> list[Co
             running.append((process, file_out))
 
         logs = [process.communicate()[0] for process, _ in running]
-        kernels = []
-        for (process, file_out), log in zip(running, logs, strict=True):
+        found: list[list[CompiledKernel]] = [[] for _ in calls]
+        for i_worker, ((process, file_out), log) in enumerate(zip(running, logs, strict=True)):
             if process.returncode != 0:
                 raise RuntimeError(f"compile process ended with {process.returncode}:\n{log}")
-            kernels += [CompiledKernel(**fields) for fields in json.loads(file_out.read_text())]
-    return kernels
+            said = json.loads(file_out.read_text())
+            kernels = [CompiledKernel(**fields) for fields in said["kernels"]]
+            found[i_worker::workers] = [[kernels[i] for i in call] for call in said["calls"]]
+    return found
 
 
 @contextmanager
-def absent_card(arch: int, compiled: list[CompiledKernel]) -> Iterator[None]:
-    """Within the block, launches compile for a card of `arch`, and are noted instead of run."""
+def absent_card(arch: int, compiled: list[CompiledKernel]) -> Iterator[list[int]]:
+    """Within the block, launches compile for a card of `arch`, and are noted instead of run.
+
+    What was not compiled before is added to `compiled`. The list that the block gets says where
+    among those each launched kernel is.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
@@ -180,6 +195,7 @@ def absent_card(arch: int, compiled: list[CompiledKernel]) -> Iterator[None]:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", arch, 32)
 
+    launched: list[int] = []
     logs: list[str] = []
     launch, run_process = triton.JITFunction.run, subprocess.run
 
@@ -187,7 +203,10 @@ def absent_card(arch: int, compiled: list[CompiledKernel]) -> Iterator[None]:
         logs.clear()
         code = launch(kernel, *args, grid=grid, warmup=True, **options)
         if logs:  # else it was compiled before
+            code.place_among_compiled = len(compiled)
             compiled.append(_read(kernel, code, arch, logs[-1]))
+        if code.place_among_compiled not in launched:
+            launched.append(code.place_among_compiled)
         return code
 
     def run_logged(command: Any, **options: Any) -> Any:
@@ -204,7 +223,7 @@ def absent_card(arch: int, compiled: list[CompiledKernel]) -> Iterator[None]:
     for file in files:
         file.shared_memory = lambda device: SHARED_LIMIT[arch]
     try:
-        yield
+        yield launched
     finally:
         triton.JITFunction.run, subprocess.run = launch, run_process
         for file, function in zip(files, asked, strict=True):
@@ -232,6 +251,7 @@ def _read(kernel: Any, code: Any, arch: int, log: str) -> CompiledKernel:
         stack_bytes=sum(_numbers(r"(\d+) bytes stack frame", log)),
         shared_bytes=code.metadata.shared,
         ptx=code.asm["ptx"],
+        cubin=base64.b64encode(code.asm["cubin"]).decode(),
         ptxas_log=log,
         triton_version=triton.__version__,
     )
@@ -243,16 +263,20 @@ def _numbers(pattern: str, log: str) -> list[int]:
 
 def _main(file_in: str, file_out: str) -> None:
     kernels: list[CompiledKernel] = []
+    calls = []
     for call in json.loads(Path(file_in).read_text()):
         module, _, name = call["function"].partition(":")
         function = getattr(importlib.import_module(module), name)
-        with absent_card(call["arch"], kernels):
+        with absent_card(call["arch"], kernels) as launched:
             try:
                 function(**call["arguments"])
             except Exception as error:
                 message = f"{call}: {type(error).__name__}: {error}"
+                launched.append(len(kernels))
                 kernels.append(CompiledKernel(call["arch"], error=message))
-    Path(file_out).write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+        calls.append(launched)
+    said = {"kernels": [asdict(kernel) for kernel in kernels], "calls": calls}
+    Path(file_out).write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
