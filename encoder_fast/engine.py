@@ -24,7 +24,6 @@ from encoder_fast.ops import (
     linear,
     rotary,
 )
-from encoder_fast.ops.disentangled_attention import make_row_of_distance
 from encoder_fast.ops.linear import PreparedLinear
 from encoder_fast.packing import PackedBatch
 from encoder_fast.spec import (
@@ -102,6 +101,7 @@ class _Forward:
     batch: PackedBatch
     position_ids: Tensor
     onlookers: Onlookers | None
+    row_of_distance: Tensor | None
     _angles: dict[RotarySpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _biases: dict[RelativeBias, Tensor] = field(default_factory=dict)
 
@@ -117,7 +117,8 @@ class _Forward:
         if spec is None:
             return None
         if spec not in self._biases:
-            self._biases[spec] = spec.table.weight.t().index_select(1, spec.buckets)
+            assert self.row_of_distance is not None
+            self._biases[spec] = spec.table.weight.t().index_select(1, self.row_of_distance)
         return self._biases[spec]
 
 
@@ -148,7 +149,7 @@ def encode(
     normed = residual = embeddings = hidden
     if spec.first_norm is not None:
         normed = _add_norm(spec.first_norm, hidden, None, backend)
-    forward = _Forward(backend, batch, position_ids, Onlookers.of(batch))
+    forward = _Forward(backend, batch, position_ids, Onlookers.of(batch), weights.row_of_distance)
     keeps_sum = spec.norm_order == "pre"
     last = len(spec.layers) - 1
     # A convolution behind the only layer reads all tokens.
@@ -232,10 +233,8 @@ def _attend_disentangled(
     pos_key, pos_query = prepared.pos_key, prepared.pos_query
     if pos_key is None and pos_query is None:
         return attention.operator.run(q, k, v, cu_seqlens, max_seqlen, scale, None, None, backend)
-    assert spec.positions is not None
-    rows = make_row_of_distance(
-        spec.positions.span, spec.positions.buckets, spec.positions.max_distance, qkv.device
-    )
+    rows = forward.row_of_distance
+    assert rows is not None
     if batch.has_gaps:
         return gaps.attend_disentangled(q, k, v, pos_key, pos_query, rows, batch, scale)
     return disentangled_attention.operator.run(

@@ -1,6 +1,7 @@
-"""DeBERTa's tables of projected relative positions: derived from weights alone, for every layer.
+"""What attention by distance reads beside its tokens: the same in every forward.
 
-A layer projects the shared table of position embeddings to a key, a query or both for each row.
+The tables of DeBERTa's layers: each projects the shared table of position embeddings to a key,
+a query or both for each row. And which row of its table a distance has, in DeBERTa and MPNet.
 """
 
 from __future__ import annotations
@@ -11,7 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from encoder_fast.ops import add_layer_norm, linear
-from encoder_fast.spec import DisentangledAttention, LayerSpec, RelativePositions, epsilon
+from encoder_fast.ops.disentangled_attention import make_row_of_distance
+from encoder_fast.spec import (
+    DisentangledAttention,
+    LayerSpec,
+    RelativeBias,
+    RelativePositions,
+    epsilon,
+)
+
+
+def row_of_distance(
+    positions: RelativePositions | None, bias: RelativeBias | None
+) -> Tensor | None:
+    """The row of its table for each distance, by whichever of the two an encoder has.
+
+    Made on the model's device, as in the original: a logarithm decides between neighbouring rows.
+    """
+    if positions is not None:
+        device = positions.table.weight.device
+        return make_row_of_distance(
+            positions.span, positions.buckets, positions.max_distance, device
+        )
+    if bias is not None:
+        device = bias.table.weight.device
+        return bias.bucket_of(torch.arange(-bias.reach, bias.reach + 1, device=device))
+    return None
 
 
 def project_positions(

@@ -7,6 +7,7 @@ at the next call. No arithmetic happens here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,12 +65,13 @@ class RelativeBias:
 
     Attributes:
         table: ``(buckets, H)``, the bias of each bucket of distances.
-        buckets: int64 ``(2 · R + 1,)`` on the table's device, the bucket of each distance from
-            ``-R`` on; farther ones are in the outermost.
+        reach: farther distances are in the bucket of this one, on either side.
+        bucket_of: the buckets of a tensor of distances, by the model's own function.
     """
 
     table: nn.Embedding
-    buckets: Tensor
+    reach: int
+    bucket_of: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,14 @@ class EncoderSpec:
                 if getattr(attention, name) is not None:
                     needs.add(name)
         return frozenset(needs)
+
+    @property
+    def relative_bias(self) -> RelativeBias | None:
+        """The bias by distance that the layers share, where they have one."""
+        for layer in self.layers:
+            if isinstance(layer.attention, SoftmaxAttention):
+                return layer.attention.relative_bias
+        return None
 
     @property
     def positions(self) -> RelativePositions | None:

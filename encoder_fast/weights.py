@@ -36,7 +36,7 @@ from encoder_fast.fingerprints import Samples, checksum_of_all
 from encoder_fast.looks import is_in_doubt, places_of, versions_of
 from encoder_fast.ops import linear
 from encoder_fast.ops.linear import PreparedFeedForward, PreparedLinear
-from encoder_fast.position_tables import project_positions
+from encoder_fast.position_tables import project_positions, row_of_distance
 from encoder_fast.spec import DisentangledAttention, EncoderSpec, LayerSpec, epsilon
 from encoder_fast.streams import StreamOrder
 
@@ -65,11 +65,18 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class EncoderWeights:
-    """The linears of an encoder, prepared: the projection of its embeddings, its convolution over
-    windows of tokens, and each layer's."""
+    """The linears of an encoder, prepared.
+
+    Attributes:
+        projection: of its embeddings.
+        convolution: over windows of tokens.
+        row_of_distance: for attention by distance, the row of its table for each distance.
+        layers: each layer's.
+    """
 
     projection: PreparedLinear | None
     convolution: PreparedLinear | None
+    row_of_distance: Tensor | None
     layers: list[LayerWeights]
 
 
@@ -138,6 +145,7 @@ class WeightCache:
         # ALBERT runs one layer many times: its weights are prepared once.
         self._distinct = list({id(layer): layer for layer in spec.layers}.values())
         self._positions = spec.positions
+        self._relative_bias = spec.relative_bias
         self._convolution = spec.convolution
         derived_from = dict.fromkeys(self._modules_derived_from())
         prepared = derived_from | dict.fromkeys(self._modules_used_alone())
@@ -292,6 +300,7 @@ class WeightCache:
         weights = self._prepare()
         stacked, stacked_from = self._stacked(weights)
         derived = self._derived(weights)
+        rows = [] if weights.row_of_distance is None else [weights.row_of_distance]
         return _Live(
             look,
             [tensor.detach() for tensor in look.tensors if tensor is not None],
@@ -299,7 +308,7 @@ class WeightCache:
             stacked_from,
             derived,
             weights,
-            StreamOrder.of([*stacked, *derived]),
+            StreamOrder.of([*stacked, *derived, *rows]),
         )
 
     def _write(self, live: _Live) -> None:
@@ -374,6 +383,7 @@ class WeightCache:
             if projection is None
             else linear.prepare([projection.weight], [projection.bias], self._backend),
             self._prepare_convolution(),
+            row_of_distance(self._positions, self._relative_bias),
             [prepared[id(layer)] for layer in self._layers],
         )
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import zoo
 from berts import tiny
 
 import encoder_fast
-from encoder_fast import streams
+from encoder_fast import streams, weights
 from encoder_fast.streams import StreamOrder
 
 
@@ -111,3 +113,34 @@ def test_each_use_of_weights_is_put_in_order(monkeypatch: pytest.MonkeyPatch) ->
         model.encoder.layer[0].attention.self.key.bias.add_(1)
     assert cache.current(like, 1) is first
     assert log == ["read", "read", "write"]
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta", "deberta_v2", "mpnet"])
+def test_all_that_is_made_from_weights_is_put_in_order(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stacks and tables, and where attention goes by distance, which row each distance has."""
+    ordered: list[torch.Tensor] = []
+    monkeypatch.setattr(StreamOrder, "of", ordered.extend)
+    model = encoder_fast.patch(zoo.build(family), "reference")
+    cache = model.__dict__["_encoder_fast"]._reading.cache
+    prepared = cache.current(model.embeddings.word_embeddings.weight, 1)
+    of_model = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    made = storages(prepared) - of_model
+    assert made == storages(ordered) - of_model
+    assert (prepared.row_of_distance is None) == (family == "bert")
+    # In a graph of the caller nothing is there before it runs, so nothing of it is kept.
+    monkeypatch.setattr(weights, "_is_capturing", lambda _: True)
+    inside = cache.current(model.embeddings.word_embeddings.weight, 1)
+    assert not storages(inside) & made
+
+
+def storages(prepared: Any) -> set[int]:
+    """Where the tensors in some dataclasses, lists and tuples lie."""
+    if isinstance(prepared, torch.Tensor):
+        return {prepared.untyped_storage().data_ptr()}
+    if is_dataclass(prepared):
+        prepared = [getattr(prepared, field.name) for field in fields(prepared)]
+    if isinstance(prepared, list | tuple):
+        return set().union(*map(storages, prepared))
+    return set()

@@ -6,9 +6,8 @@ table of 32 buckets of distances, shared by all layers.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
-
-import torch
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families.bert_layout import check_pooler
@@ -64,9 +63,8 @@ def _read_bias(encoder: Any) -> RelativeBias:
             f"relative_attention_num_buckets={table.weight.shape[0]}, and the encoder reads "
             f"{_BUCKETS}"
         )
-    # By the model's own function on the model's device: its logarithm decides between neighbours.
-    distances = torch.arange(-_REACH, _REACH + 1, device=table.weight.device)
-    return RelativeBias(table, encoder.relative_position_bucket(distances, num_buckets=_BUCKETS))
+    bucket_of = functools.partial(encoder.relative_position_bucket, num_buckets=_BUCKETS)
+    return RelativeBias(table, _REACH, bucket_of)
 
 
 def _read_layer(layer: Any, bias: RelativeBias) -> LayerSpec:

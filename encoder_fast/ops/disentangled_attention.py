@@ -14,8 +14,6 @@ the projected position embeddings. ``row`` gives each distance its row of them
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -115,12 +113,10 @@ def disentangled_attention(
     )
 
 
-# Kept for good: a CUDA graph that was recorded with one goes on reading it.
-@functools.cache
 def make_row_of_distance(
     span: int, buckets: int, max_distance: int, device: torch.device
 ) -> Tensor:
-    """The ``row_of_distance`` of a DeBERTa, made once for each of them and device.
+    """The ``row_of_distance`` of a DeBERTa.
 
     Args:
         span: half the rows of the position tables; distance 0 has row ``span``.
@@ -143,12 +139,10 @@ def make_row_of_distance(
         if span > 2 * middle and middle > 1:
             growth = (max_distance - 1) / middle
             reach = max(reach, int(middle * growth ** ((middle + 1) / (middle - 1))) + 2)
-    # Cached tensors made under inference_mode could not be used everywhere outside it.
-    with torch.inference_mode(False), torch.no_grad():
-        distance = torch.arange(-reach, reach + 1, device=device)
-        if buckets > 0:
-            distance = _log_buckets(distance, middle, max_distance)
-        return (distance + span).clamp(0, 2 * span - 1).to(torch.int32)
+    distance = torch.arange(-reach, reach + 1, device=device)
+    if buckets > 0:
+        distance = _log_buckets(distance, middle, max_distance)
+    return (distance + span).clamp(0, 2 * span - 1).to(torch.int32)
 
 
 def _log_buckets(distance: Tensor, middle: int, max_distance: int) -> Tensor:
