@@ -105,7 +105,8 @@ def pytest_commands(groups: Sequence[str], arguments: Sequence[str]) -> list[lis
     """In workers first, then one by one what needs a worker's memory many times."""
     names = [name for group in groups for name in (*GROUPS[group].marked, *GROUPS[group].whole)]
     files = [str(TESTS / f"{name}.py") for name in names]
-    common = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+    common = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "on_gpu_plugin"]
+    common += ["--tb=short"]
     if find_spec("pytest_timeout"):
         # Nothing but the end of the process stops a kernel that hangs; a new worker goes on.
         common += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
@@ -123,9 +124,10 @@ def main() -> int:
     words = sys.argv[1:]
     groups = [word for word in words if word in GROUPS] or list(GROUPS)
     commands = pytest_commands(groups, [word for word in words if word not in GROUPS])
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(TESTS.parent)}
-    worst = 0
-    for command in commands:
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
+    ends = {}
+    for name, command in zip(("in workers", "one by one"), commands, strict=True):
         process = subprocess.Popen(command, env=environment)
         try:
             status = process.wait()
@@ -133,8 +135,11 @@ def main() -> int:
             process.wait()  # it was told too, and sums up
             return 130
         # 5: none was selected
-        worst = max(worst, 0 if status == 5 else status)
-    return worst
+        ends[name] = 0 if status == 5 else status
+    told = {0: "all passed", 1: "some failed"}
+    print("; ".join(f"{name}: {told.get(end, f'status {end}')}" for name, end in ends.items()))
+    # A signal's number is below 0.
+    return next((abs(end) for end in ends.values() if end), 0)
 
 
 if __name__ == "__main__":

@@ -45,27 +45,81 @@ def test_workers_of_pytest_begin_with_what_tells_most(tmp_path: Path) -> None:
     """By pytest-xdist itself: of six tests, two workers begin with the first two."""
     (tmp_path / "conftest.py").write_text((on_gpu.TESTS / "conftest.py").read_text())
     body = "import time\n" + "".join(f"def test_{i}(): time.sleep(0.2)\n" for i in range(6))
-    (tmp_path / "test_six.py").write_text(body)
-    command = [sys.executable, "-m", "pytest", "-v", "-n2", "--dist", "worksteal", str(tmp_path)]
+    output = run_tests(tmp_path, body, "-n2", "--dist", "worksteal")
+    assert "6 passed" in output, output
+    first = {}
+    for worker, test in re.findall(r"\[(gw\d)\].*test_(\d)", output):
+        first.setdefault(worker, int(test))
+    assert sorted(first.values()) == [0, 1]
+
+
+def run_tests(folder: Path, body: str, *arguments: str) -> str:
+    """What pytest says of tests in a folder of their own."""
+    (folder / "test_some.py").write_text(body)
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "xdist", *arguments]
+    path = f"{folder}{os.pathsep}{on_gpu.TESTS}"
     result = subprocess.run(
-        [*command, "-p", "no:cacheprovider"],
-        env={**os.environ, "PYTHONPATH": str(on_gpu.TESTS)},
-        cwd=tmp_path,
+        [*command, "-p", "no:cacheprovider", str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == 0, result.stdout + result.stderr
-    first = {}
-    for worker, test in re.findall(r"\[(gw\d)\].*test_(\d)", result.stdout):
-        first.setdefault(worker, int(test))
-    assert sorted(first.values()) == [0, 1]
+    return result.stdout + result.stderr
+
+
+# In the place of torch: after an illegal access every call fails in that process.
+TORCH = """
+class cuda:
+    lost = False
+
+    def is_available():
+        return True
+
+    def synchronize():
+        if cuda.lost:
+            raise RuntimeError("an illegal memory access was encountered")
+"""
+BREAKS = """
+from torch import cuda
+
+def test_breaks():
+    cuda.lost = True
+    assert 1 == 2
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_lost_context_costs_one_test(workers: int, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(TORCH)
+    later = "".join(f"def test_{i}(): cuda.synchronize()\n" for i in range(8))
+    output = run_tests(tmp_path, BREAKS + later, f"-n{workers}", "-p", "on_gpu_plugin")
+    # A failure is printed when it happens.
+    assert output.index("assert 1 == 2") < output.index("= FAILURES =")
+    assert "illegal memory access" not in output
+    if workers:
+        assert "8 passed" in output, output
+        assert re.search(r"worker 'gw0' crashed while running '.*test_breaks'", output)
+    else:
+        assert "the CUDA context is lost" in output and " passed" not in output, output
 
 
 def test_workers_leave_memory_for_each_other() -> None:
     for workers in (1, 4, 14, 30):
         contexts = 0.01 * workers
         assert workers * on_gpu.memory_share(workers) + contexts < 1
+
+
+def test_the_last_line_tells_of_both_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A process that crashes alone has failed too."""
+    commands = [["true"], ["sh", "-c", "kill -SEGV $$"]]
+    monkeypatch.setattr(on_gpu, "pytest_commands", lambda *_: commands)
+    monkeypatch.setattr(sys, "argv", ["on_gpu.py"])
+    assert on_gpu.main() == 11
+    assert capsys.readouterr().out == "in workers: all passed; one by one: status -11\n"
 
 
 def test_files_that_are_named_exist() -> None:
