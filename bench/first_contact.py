@@ -33,7 +33,7 @@ class Step:
 
     Attributes:
         predicted: seconds on 16 cores with an H100, computed and not measured.
-        file: where its output goes, without the suffix; steps may share one.
+        file: where its output goes, without the suffix; steps that run in turn may share one.
         beside: it starts and the next step does not wait for it.
         alone: it starts when nothing runs beside it any more.
     """
@@ -57,6 +57,10 @@ def steps(out: Path) -> tuple[Step, ...]:
     # An address beyond a tensor's own block is seen only where PyTorch keeps no larger ones.
     no_cache = {**one_thread, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
+    def sweep(backend: str) -> Step:
+        # In a process each: who breaks the CUDA context does not take the other's figures along.
+        return Step(backend, 20, 17, [*bench, "sweep", "--backend", backend], "figures")
+
     def sanitizer(tool: str) -> Step:
         command = [*_sanitizer(tool), *bench, "sweep", "--check", "--backend", "cuda"]
         return Step(tool, 100, 60, command, tool, no_cache, beside=True)
@@ -66,17 +70,38 @@ def steps(out: Path) -> tuple[Step, ...]:
     model = ["--model", str(minilm)] if minilm.is_dir() else []
     measure = [*bench, "all", "--quick", "--out", str(out), *model]
     return (
-        Step("build", 45, 20, [python, "setup.py", "-q", "build_ext", "--inplace"], "build"),
-        # Beside the tests: the first import of PyTorch on a machine takes as long as it takes.
-        Step("info", 60, 15, [python, "-m", "encoder_fast.cli", "info"], "build", beside=True),
-        Step("kernels", 95, 80, [*tests, "kernels", "-v"], "tests", one_thread),
-        Step("sweep", 40, 35, [*bench, "sweep"], "figures"),
+        Step("machine", 45, 20, _in_shell(_MACHINE), "figures", beside=True),
+        Step("build", 45, 30, _in_shell(_BUILD), "build"),
+        Step("kernels", 95, 80, [*tests, "kernels", "-v"], "tests", one_thread, alone=True),
+        sweep("triton"),
+        sweep("cuda"),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
         Step("models", 70, 55, [*tests, "models", "-v"], "tests", one_thread),
         Step("graphs", 30, 25, [*tests, "graphs", "-v"], "tests", one_thread),
         Step("bench", 170, 165, measure, "figures", alone=True),
     )
+
+
+# The first import of PyTorch on a machine reads gigabytes; nvcc works meanwhile.
+_MACHINE = """
+nvidia-smi
+"$PYTHON" -m pip --disable-pip-version-check list
+"$PYTHON" -c 'import torch, transformers, triton; print("torch", torch.__version__)'
+"""
+
+# Each by itself: a CUDA extension that fails or is slow does not cost the other one.
+_BUILD = """
+ENCODER_FAST_BUILD_CUDA=0 "$PYTHON" setup.py -q build_ext --inplace &
+ENCODER_FAST_BUILD_CPU=0 "$PYTHON" setup.py -q build_ext --inplace
+status=$?
+wait
+exit $status
+"""
+
+
+def _in_shell(script: str) -> list[str]:
+    return ["sh", "-c", script]
 
 
 def _sanitizer(tool: str) -> list[str]:
@@ -86,7 +111,8 @@ def _sanitizer(tool: str) -> list[str]:
     if shutil.which(program) is None:
         return told
     options = subprocess.run([program, "--help"], capture_output=True, text=True, check=False)
-    for name in ("--kernel-regex", "--kernel-name"):
+    # The second is what versions before 2024 call it.
+    for name in ("--kernel-name", "--kernel-regex"):
         if name in options.stdout:
             return [*told, name, "kns=encoder_fast"]
     return told
@@ -99,30 +125,41 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self._out = out
         self._start = time.monotonic()
-        self._beside: list[_Running] = []
+        self._running: list[_Running] = []
         self.failed: list[str] = []
 
     def all(self, todo: Sequence[Step]) -> None:
-        for step in todo:
-            if step.alone:
-                self._wait_for_those_beside()
-            running = _Running(step, self._out)
-            self._say(f"{step.name}: started, at most {step.limit} s, into {step.file}.txt")
-            if step.beside:
-                self._beside.append(running)
-            else:
-                self._end(running)
-                self._wait_for_those_beside(only_ended=True)
-        self._wait_for_those_beside()
+        try:
+            for step in todo:
+                if step.alone:
+                    self._wait_for_those_beside()
+                running = self._begin(step)
+                if not step.beside:
+                    self._end(running)
+                    self._wait_for_those_beside(only_ended=True)
+            self._wait_for_those_beside()
+        except KeyboardInterrupt:
+            self._say("stopped")
+            raise
+        finally:
+            # Nothing may go on on the card.
+            for running in self._running:
+                running.stop()
+
+    def _begin(self, step: Step) -> _Running:
+        self._say(f"{step.name}: started, at most {step.limit} s, into {step.file}.txt")
+        running = _Running(step, self._out)
+        self._running.append(running)
+        return running
 
     def _wait_for_those_beside(self, *, only_ended: bool = False) -> None:
-        for running in list(self._beside):
+        for running in list(self._running):
             if not only_ended or running.has_ended:
-                self._beside.remove(running)
                 self._end(running)
 
     def _end(self, running: _Running) -> None:
         status, seconds, last = running.wait()
+        self._running.remove(running)
         if status != 0:
             self.failed.append(running.step.name)
         self._say(f"{running.step.name}: rc {status}, {seconds:.0f} s, {last[:150]}")
@@ -153,7 +190,8 @@ class _Running:
                 stdin=subprocess.DEVNULL,
                 stdout=self._file,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # Not a session of its own: who ends ours ends these too.
+                process_group=0,
             )
         except OSError as error:
             self._process = None
@@ -172,7 +210,7 @@ class _Running:
                 status = self._process.wait(max(0, left))
             except subprocess.TimeoutExpired:
                 status = 124
-                self._stop(self._process)
+            self.stop()
         self._file.close()
         with self._path.open("rb") as file:
             file.seek(self._begin)
@@ -180,20 +218,23 @@ class _Running:
         last = next((line for line in reversed(lines) if line.strip()), "no output")
         return status, time.monotonic() - self._start, last.strip()
 
-    def _stop(self, process: subprocess.Popen[bytes]) -> None:
+    def stop(self) -> None:
+        """End it, and what it started and left behind."""
+        if self._process is None:
+            return
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(_GRACE)
+            os.killpg(self._process.pid, signal.SIGINT)
+            self._process.wait(_GRACE)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
 
 _ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "PYTHONUNBUFFERED": "1",
     "HF_HUB_OFFLINE": "1",
-    "ENCODER_FAST_BUILD_CPU": "0",
+    "PYTHON": sys.executable,
     "ENCODER_FAST_BUILD_CUDA": os.environ.get("ENCODER_FAST_BUILD_CUDA", "1"),
     "ENCODER_FAST_CUDA_ARCHS": os.environ.get("ENCODER_FAST_CUDA_ARCHS", "native"),
 }
@@ -203,8 +244,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, help="folder for all that is written")
     out = parser.parse_args().out.resolve()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, signal.default_int_handler)
     run = Run(out)
-    run.all(steps(out))
+    try:
+        run.all(steps(out))
+    except KeyboardInterrupt:
+        return 130
     print(f"not right: {', '.join(run.failed)}" if run.failed else "all steps ended well")
     return 1 if run.failed else 0
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,8 @@ def test_limits_leave_time(tmp_path: Path) -> None:
     later = todo[names.index("racecheck") + 1 : names.index("bench")]
     assert all(step.limit <= sum(other.limit for other in later) for step in todo if step.beside)
     assert all(step.predicted < step.limit for step in todo)
-    assert todo[-1].alone, "figures are taken when nothing else runs"
+    # What is built is not replaced under a test, and figures are taken when nothing else runs.
+    assert {step.name for step in todo if step.alone} == {"kernels", "bench"}
     # log.txt, the record, and one that is being written
     assert len({step.file for step in todo}) + 3 <= 8
 
@@ -43,13 +46,13 @@ def test_the_table_of_steps_is_the_docs() -> None:
     assert table == [(s.name, str(s.predicted), str(s.limit)) for s in steps]
 
 
-@pytest.mark.parametrize("name", ["build", "info", "kernels", "sweep", "memcheck", "bench"])
+@pytest.mark.parametrize("name", ["kernels", "triton", "memcheck", "bench"])
 def test_a_step_starts(name: str, tmp_path: Path) -> None:
     """Each program takes the step's words; it is asked for its help in place of the work."""
     sanitizer = tmp_path / "compute-sanitizer"
     # It runs what comes behind its own options, or names these.
     sanitizer.write_text(
-        '#!/bin/sh\ncase "$*" in --help) echo "  --kernel-regex"; exit;; esac\n'
+        '#!/bin/sh\ncase "$*" in --help) echo "  --kernel-name"; exit;; esac\n'
         'while test "$1" != -m; do last=$1; shift; done\nexec "$last" "$@"\n'
     )
     sanitizer.chmod(0o755)
@@ -58,12 +61,33 @@ def test_a_step_starts(name: str, tmp_path: Path) -> None:
         patch.setenv("PATH", environment["PATH"])
         (step,) = (s for s in first_contact.steps(tmp_path) if s.name == name)
     if name == "memcheck":
-        assert "--kernel-regex" in step.command
+        assert "--kernel-name" in step.command
     result = subprocess.run(
         [*step.command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "sage" in result.stdout
+
+
+def test_both_extensions_are_built_whatever_becomes_of_one(tmp_path: Path) -> None:
+    """The one for the CPU also looks at modules and weights while a graph runs."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        '#!/bin/sh\necho "$@, cpu ${ENCODER_FAST_BUILD_CPU-}, cuda ${ENCODER_FAST_BUILD_CUDA-}"\n'
+        'test "${ENCODER_FAST_BUILD_CPU-}" != 0 || exit 3\nsleep 0.2\necho built\n'
+    )
+    fake.chmod(0o755)
+    (step,) = (s for s in first_contact.steps(tmp_path) if s.name == "build")
+    environment = {**os.environ, "PYTHON": str(fake), "ENCODER_FAST_BUILD_CUDA": "1"}
+    environment.pop("ENCODER_FAST_BUILD_CPU", None)
+    result = subprocess.run(step.command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 3
+    words = "setup.py -q build_ext --inplace"
+    assert sorted(result.stdout.splitlines()) == [
+        "built",
+        f"{words}, cpu , cuda 0",
+        f"{words}, cpu 0, cuda 1",
+    ]
 
 
 def test_a_run_goes_on_and_tells(tmp_path: Path) -> None:
@@ -101,3 +125,25 @@ def test_a_step_that_does_not_end_is_ended_with_its_children(tmp_path: Path) -> 
     numbers = re.findall(r"^(\d+)$", (tmp_path / "a.txt").read_text(), re.MULTILINE)
     state = Path(f"/proc/{numbers[0]}/stat")
     assert not state.exists() or state.read_text().split(")")[1].split()[0] == "Z"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_stops_it_stops_its_steps(number: int, tmp_path: Path) -> None:
+    step = "Step('long', 60, 1, [sys.executable, '-c', 'import time; time.sleep(60)'], 'a')"
+    code = (
+        "import sys; from pathlib import Path; from bench import first_contact; "
+        f"from bench.first_contact import Step; first_contact.steps = lambda out: [{step}]; "
+        f"sys.argv = ['first_contact', {str(tmp_path)!r}]; sys.exit(first_contact.main())"
+    )
+    run = subprocess.Popen([PYTHON, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "log.txt"
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    while not (log.exists() and children.read_text()):
+        time.sleep(0.05)
+    child = int(children.read_text())
+    # Whatever ends the session, such as a machine that takes its command back, ends the step.
+    assert os.getsid(child) == os.getsid(run.pid)
+    run.send_signal(number)
+    assert run.wait() == 130
+    assert not Path(f"/proc/{child}").exists()
+    assert log.read_text().endswith("stopped\n")
