@@ -304,7 +304,7 @@ def _run(
         quick = True
     from bench.machine import find_machine
     from bench.record import RecordWriter
-    from bench.session import Session
+    from bench.session import LostContextError, Session
 
     quieten_libraries()
     name = suites[0] if len(suites) == 1 else "all"
@@ -324,6 +324,9 @@ def _run(
     except KeyboardInterrupt:
         session.console.print("stopped; what was measured is in the record")
         raise typer.Exit(130) from None
+    except LostContextError as error:
+        print(f"bench: stopped, the CUDA context is lost: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     finally:
         session.console.print(f"record: {writer.path.parent.name}/{writer.path.name}")
     if session.broken:

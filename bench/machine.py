@@ -88,6 +88,15 @@ class Machine:
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
 
+    @property
+    def has_lost_context(self) -> bool:
+        """Whether each further call of CUDA would fail, as after an illegal access."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     def facts(self) -> dict[str, Any]:
         """For the record: processor, driver, clocks, versions. No path and no name of this host."""
         facts: dict[str, Any] = {

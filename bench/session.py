@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +32,8 @@ _SECONDS = {
     ("cpu", True): {"kernels": 25, "models": 60, "latency": 20, "texts": 20},
     ("gpu", False): {"kernels": 110, "models": 150, "latency": 50, "texts": 30},
     ("gpu", True): {"kernels": 40, "models": 30, "latency": 10, "texts": 8},
-    ("fake", True): {"kernels": 60, "models": 60, "latency": 60, "texts": 60},
+    # In miniature nothing is measured, and whoever asks wants to see all of it.
+    ("fake", True): dict.fromkeys(("kernels", "models", "latency", "texts"), float("inf")),
 }
 
 # What building a compiled contestant may take; with less left it does not start.
@@ -44,6 +45,10 @@ _COMPILED_SECONDS = {
     False: {"kernels": 60, "models": 90},
     True: {"kernels": 25, "models": 35},
 }
+
+
+class LostContextError(Exception):
+    """Nothing more can run on the GPU in this process. The message says what broke it."""
 
 
 @dataclass
@@ -148,41 +153,67 @@ class Session:
             rows[entry.label] = row
             if built is not None:
                 ready[entry.label] = built
+            elif row.status == record.FAILED and self.machine.has_lost_context:
+                self._add(row)
+                raise LostContextError(f"{case}, {entry.label}: {row.reason}")
         # An interrupt must not cost the reasons why somebody does not run.
         for label, row in rows.items():
             if label not in ready and label in written:
                 self._add(row)
         if written & set(ready):
-            times = racer(self.machine, {k: v.calls for k, v in ready.items()}, limits)
-            for label, taken in times.items():
-                if label not in written:
-                    continue
-                more = extra(label, ready[label]) if extra else {}
-                self._add(replace(rows[label], **timed(taken), **more))
+            self._race(ready, rows, written, racer, limits, extra)
         ready.clear()
         self.tidy()
 
-    def _build(self, entry: Entry, row: Row) -> tuple[Ready | None, Row]:
-        def no(status: str, reason: str) -> tuple[None, Row]:
-            if status != record.SKIPPED and entry.ours:
-                self.broken.append(f"{row.case}, {row.contestant}: {reason}")
-            return None, replace(row, status=status, reason=reason)
+    def _race(
+        self,
+        ready: Mapping[str, Ready],
+        rows: Mapping[str, Row],
+        written: Set[str],
+        racer: Racer,
+        limits: Limits,
+        extra: Callable[[str, Ready], dict[str, Any]] | None,
+    ) -> None:
+        """Time all that are ready, and write the rows of `written`."""
+        try:
+            times = racer(self.machine, {k: v.calls for k, v in ready.items()}, limits)
+        except Exception as error:
+            # It is not known whose fault that is. The next case has contestants of its own.
+            reason = f"the race ended with {first_line(error)}"
+            for label in written & set(ready):
+                self._add(self._no(rows[label], record.FAILED, reason))
+            if self.machine.has_lost_context:
+                raise LostContextError(f"{next(iter(rows.values())).case}: {reason}") from error
+            return
+        for label, taken in times.items():
+            if label in written:
+                more = extra(label, ready[label]) if extra else {}
+                self._add(replace(rows[label], **timed(taken), **more))
 
+    def _no(self, row: Row, status: str, reason: str) -> Row:
+        """The row of one who was not timed."""
+        if status != record.SKIPPED and row.ours:
+            self.broken.append(f"{row.case}, {row.contestant}: {reason}")
+        return replace(row, status=status, reason=reason)
+
+    def _build(self, entry: Entry, row: Row) -> tuple[Ready | None, Row]:
         if entry.compiles and not self._can_compile:
-            return no(record.SKIPPED, "too little of the suite's time is left to compile")
+            reason = "too little of the suite's time is left to compile"
+            return None, self._no(row, record.SKIPPED, reason)
         try:
             with self._limit(entry):
                 built = entry.prepare()
         except (Unavailable, UnsupportedModelError, BackendUnavailableError) as error:
             # The first sentence says why; what else is supported is for a caller.
-            return no(record.SKIPPED, str(error).partition(". ")[0])
+            return None, self._no(row, record.SKIPPED, str(error).partition(". ")[0])
         except Exception as error:
             # A peer that fails must not end the run; it stands in the record with its reason.
-            return no(record.FAILED, first_line(error))
+            return None, self._no(row, record.FAILED, first_line(error))
         row = replace(row, parity=parity_facts(built.parity), memory_bytes=built.memory_bytes)
         if not built.parity.ok:
             found = f"error {built.parity.error:.1e} where eager has "
-            return None, no(record.WRONG, f"{found}{built.parity.original_error:.1e}")[1]
+            reason = f"{found}{built.parity.original_error:.1e}"
+            return None, self._no(row, record.WRONG, reason)
         return built, row
 
     @contextmanager

@@ -35,6 +35,9 @@ def cases(machine: Machine, check: bool) -> Iterator[OpCase]:
         # Lengths from a few to the longest: tiles that end within a text, and each length class.
         for width, longest in product(("base", "minilm", "wide"), (32, 64, 128, 256, 300)):
             yield OpCase("attention", WIDTHS[width], Workload("half", 3, longest), half)
+        for width, longest in product(("base", "minilm"), (64, 300)):
+            batch = Workload("half", 3, longest)
+            yield OpCase("disentangled_attention", WIDTHS[width], batch, half)
         for op in ("add_layer_norm", "embed_layer_norm", "linear"):
             yield OpCase(op, WIDTHS["base"], Workload("half", 3, 64), half)
         return
@@ -43,7 +46,7 @@ def cases(machine: Machine, check: bool) -> Iterator[OpCase]:
     for op in ("add_layer_norm", "embed_layer_norm"):
         for width in ("base", "minilm", "large"):
             yield OpCase(op, WIDTHS[width], _full(256), half)
-    for longest in (512, 128):
+    for longest in (512, 256, 128):
         yield OpCase("disentangled_attention", WIDTHS["base"], _full(longest), half)
     for op in ("linear", "window_attention", "rotary", "gated_feed_forward", "pool"):
         yield OpCase(op, WIDTHS["base"], _full(512), half)
@@ -72,6 +75,9 @@ def sweep(
         for row in _rows(machine, case, backends, check):
             good = good and row["status"] in ("ok", "skipped")
             print(_told(case, row), flush=True)
+        if machine.has_lost_context:
+            print("stopped: the CUDA context is lost, and nothing more would run")
+            return False
         if machine.is_gpu:
             torch.cuda.empty_cache()
     return good
@@ -94,7 +100,6 @@ def _rows(
             rows[backend] = {"backend": backend, "status": "skipped", "reason": first_line(error)}
             continue
         except Exception as error:
-            # A launch that failed may have broken the context; the next cases will say so.
             rows[backend] = {"backend": backend, "status": "failed", "reason": first_line(error)}
             continue
         rows[backend] = {

@@ -24,12 +24,12 @@ if torch.cuda.is_available():
     pytest.skip("a GPU is measured, not imitated", allow_module_level=True)
 
 import bench.ops
-from bench import compile_ahead, model_peers, record, roofs, timing, tune
+from bench import compile_ahead, model_peers, record, roofs, sweep, timing, tune
 from bench.cli import app
 from bench.contestant import Entry, Ready, Unavailable
 from bench.machine import find_machine
 from bench.models import SIZES, ModelCase, inputs_of
-from bench.session import Session
+from bench.session import LostContextError, Session
 from bench.sources import ROOT, changed, fingerprint, fingerprints, sources_of_op
 from bench.suites import kernels, models, texts
 from bench.workloads import Workload
@@ -91,6 +91,7 @@ def test_every_op_and_every_model_is_there(whole_run: record.Record) -> None:
 
 def test_absent_peers_say_why(whole_run: record.Record) -> None:
     skipped = {row.contestant: row for row in whole_run.rows if row.status == record.SKIPPED}
+    assert "everybody" not in skipped, "no time is up, on however busy a machine"
     for peer in ("FlexAttention", "Liger LayerNorm", "torch.compile", "flashdeberta"):
         assert skipped[peer].reason
         assert skipped[peer].seconds is None
@@ -105,6 +106,15 @@ def test_record_names_no_path_and_says_where_it_is_from(whole_run: record.Record
     assert "kernels/attention.py" in whole_run.header["sources"]
     # strictly JSON, without NaN
     json.loads(text, parse_constant=pytest.fail)
+
+
+def test_a_tree_without_its_history_is_told_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert record.commit_of(tmp_path) == "unknown"
+    monkeypatch.setenv("ENCODER_FAST_COMMIT", "abc123")
+    assert record.commit_of(tmp_path) == "abc123"
 
 
 def test_filter_takes_words(tmp_path: Path) -> None:
@@ -238,7 +248,7 @@ def test_who_fails_does_not_end_the_run(tmp_path: Path) -> None:
 def on_a_gpu(tmp_path: Path) -> tuple[Session, list[str], list[Entry]]:
     """A session as on a GPU, who was built there, and the contestants of a case."""
     running, built = session(tmp_path), []
-    running.machine = SimpleNamespace(kind="gpu", is_gpu=True)  # type: ignore[assignment]
+    running.machine = SimpleNamespace(kind="gpu", is_gpu=True, has_lost_context=False)  # type: ignore[assignment]
 
     def entry(label: str, **facts: Any) -> Entry:
         def prepare() -> Ready:
@@ -311,8 +321,76 @@ def test_the_gpus_grid_asks_the_biggest_questions_first() -> None:
         "add_layer_norm minilm full 64x256 fp16",
         "add_layer_norm large full 64x256 fp16",
     ]
-    titles = [(c.size.name, c.compiled) for c in models.grid(machine, True)][:2]
-    assert titles == [("BERT-base", ("default",)), ("MiniLM-L6", ("default",))]
+    titles = [(c.size.name, c.compiled) for c in models.grid(machine, True)][:3]
+    assert titles == [
+        ("BERT-base", ("default",)),
+        ("MiniLM-L6", ("default",)),
+        ("DeBERTa-v3-base", ()),
+    ]
+
+
+def test_deberta_is_measured_on_each_backend_and_on_what_auto_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = []
+    monkeypatch.setattr(model_peers, "_ours", chosen.append)
+    monkeypatch.setattr(model_peers, "_replayed", chosen.append)
+    backends = ("triton", "cuda")
+    machine: Any = SimpleNamespace(
+        kind="gpu", is_gpu=True, is_fake=False, default_backend="triton", backends=backends
+    )
+    case = ModelCase(SIZES["DeBERTa-v3-base"], Workload("half", 2, 9), torch.float16)
+    list(model_peers.contestants(machine, case))
+    assert chosen == ["auto", "triton", "cuda", "auto"]
+    chosen.clear()
+    list(model_peers.contestants(machine, replace(case, size=SIZES["BERT-base"])))
+    assert chosen == ["auto", "cuda", "auto"]
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_sweep_runs_all_that_cuda_has_kernels_for(check: bool) -> None:
+    machine: Any = SimpleNamespace(is_fake=False)
+    ops = {case.op for case in sweep.cases(machine, check)}
+    assert ops >= {"attention", "disentangled_attention", "add_layer_norm", "embed_layer_norm"}
+    assert "linear" in ops  # bias and GELU
+
+
+def test_a_lost_context_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access all others would fail, and stand in the record as failed."""
+    running, built, entries = on_a_gpu(tmp_path)
+
+    def explode() -> Ready:
+        running.machine.has_lost_context = True  # type: ignore[misc]
+        raise RuntimeError("an illegal memory access")
+
+    limits = timing.Limits(1, 1, 1)
+    broken = [entries[0], Entry("broken", explode, ("csrc/",)), *entries[1:]]
+    with pytest.raises(LostContextError, match="case, broken: RuntimeError: an illegal"):
+        running.hold("kernels", "case", {}, broken, race_for_nothing, limits)
+    assert built == ["ours"]
+    (row,) = record.read(running.writer.path).rows
+    assert (row.contestant, row.status) == ("broken", record.FAILED)
+
+    def hold(self: Session, *_: Any, **__: Any) -> None:
+        raise LostContextError("case, broken: RuntimeError: an illegal memory access")
+
+    monkeypatch.setattr(Session, "hold", hold)
+    result = CliRunner().invoke(app, ["kernels", "--fake", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "the CUDA context is lost: case, broken" in result.output
+
+
+def test_a_race_that_fails_costs_its_case_alone(tmp_path: Path) -> None:
+    def fall(*_: Any) -> dict[str, timing.Times]:
+        raise RuntimeError("out of memory")
+
+    running, _, entries = on_a_gpu(tmp_path)
+    running.hold("kernels", "case", {}, entries[:3], fall, timing.Limits(1, 1, 1))
+    running.hold("kernels", "next", {}, entries[:3], race_for_nothing, timing.Limits(1, 1, 1))
+    rows = record.read(running.writer.path).rows
+    assert [row.status for row in rows] == [record.FAILED] * 3 + [record.OK] * 3
+    assert "out of memory" in rows[0].reason
+    assert len(running.broken) == 2
 
 
 def test_what_was_measured_survives_an_interrupt(
@@ -431,6 +509,10 @@ def test_sweep_in_miniature(monkeypatch: pytest.MonkeyPatch) -> None:
         result.output
     )
     assert " us, " not in result.output
+    monkeypatch.setattr("bench.machine.Machine.has_lost_context", True)
+    result = CliRunner().invoke(app, ["sweep", "--fake", "--check"])
+    assert result.exit_code == 1 and "the CUDA context is lost" in result.output
+    assert "add_layer_norm" not in result.output
 
 
 def test_tuning_in_miniature(tmp_path: Path) -> None:
