@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, cuda
 
 
@@ -15,8 +16,8 @@ class StreamOrder:
 
     @classmethod
     def of(cls, buffers: list[Tensor]) -> StreamOrder | None:
-        """``None`` where there is nothing to keep in order: no buffers, or none on a GPU."""
-        return cls(buffers) if buffers and buffers[0].device.type == "cuda" else None
+        """``None`` where there is nothing to keep in order: the buffers are on no GPU."""
+        return cls(buffers) if buffers[0].device.type == "cuda" else None
 
     def __init__(self, buffers: list[Tensor]) -> None:
         self._buffers = buffers
@@ -45,11 +46,31 @@ class StreamOrder:
             for buffer in self._buffers:
                 buffer.record_stream(stream)
 
-    def write(self, launch: Callable[[], None]) -> None:
-        """Let ``launch`` write the buffers on the current stream, after all reads so far."""
+    def write(self, launch: Callable[[], None]) -> bool:
+        """Let ``launch`` write the buffers on the current stream, after all reads so far.
+
+        Returns:
+            False, and nothing is launched, where somebody records a CUDA graph on a stream that has
+            read them. Waiting for such a stream would make this one a part of that graph.
+        """
         self.before_reading()
         stream = cuda.current_stream(self._device)
+        reads = []
         for reader in self._in_order - {stream}:
-            stream.wait_stream(reader)
+            with cuda.stream(reader):
+                if is_captured(self._device):
+                    return False
+            reads.append(reader.record_event())
+        for read in reads:
+            stream.wait_event(read)
         launch()
         self._mark_written(stream)
+        return True
+
+
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded on the current stream of a device."""
+    if device.type != "cuda":
+        return False
+    with cuda.device(device):
+        return cuda.is_current_stream_capturing()

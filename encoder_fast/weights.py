@@ -23,7 +23,7 @@ that did (:mod:`encoder_fast.streams`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 from threading import Lock
 from typing import Any
@@ -38,7 +38,7 @@ from encoder_fast.ops import linear
 from encoder_fast.ops.linear import PreparedFeedForward, PreparedLinear
 from encoder_fast.position_tables import project_positions, row_of_distance
 from encoder_fast.spec import DisentangledAttention, EncoderSpec, LayerSpec, epsilon
-from encoder_fast.streams import StreamOrder
+from encoder_fast.streams import StreamOrder, is_captured
 
 _BOTH = ("weight", "bias")
 
@@ -72,12 +72,15 @@ class EncoderWeights:
         convolution: over windows of tokens.
         row_of_distance: for attention by distance, the row of its table for each distance.
         layers: each layer's.
+        memory: views of all that the model itself has, so that a CUDA graph may be launched before
+            anybody has looked whether it is still there.
     """
 
     projection: PreparedLinear | None
     convolution: PreparedLinear | None
     row_of_distance: Tensor | None
     layers: list[LayerWeights]
+    memory: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +122,12 @@ class _Live:
     """All layers' weights as views of the sources, and the buffers to write again from them.
 
     Attributes:
-        memory: views of all weights, which keep it alive, as :class:`_Copied` has it. A CUDA graph
-            may be launched before anybody has looked whether the weights are still there.
         stacked, stacked_from: the parts of the stacks of Q, K and V, and what they repeat.
         derived: the buffers for what is more than a copy.
-        order: of the buffers on a GPU, if there are any.
+        order: of all that a forward reads, on a GPU.
     """
 
     look: Look
-    memory: list[Tensor]
     stacked: list[Tensor]
     stacked_from: list[Tensor]
     derived: list[Tensor]
@@ -201,7 +201,7 @@ class WeightCache:
         with torch.inference_mode(False), torch.no_grad():
             if self._backend == "cpu":
                 return self._verified(like, tokens)
-            if _is_capturing(like):
+            if is_captured(like.device):
                 # Somebody records a CUDA graph of their own. It is to derive everything anew each
                 # time that it runs, in memory of its own: nobody looks at the weights then.
                 _check_all(self._look().tensors, like)
@@ -213,13 +213,14 @@ class WeightCache:
         """What was seen of the model when its buffers were last written, if a batch may be launched
         with ``weights`` before :meth:`still_holds` has looked; else ``None``.
 
-        It may if :meth:`current` gave them last, their memory is still there, and nothing is due
-        to be written again.
+        It may if :meth:`current` gave them last, and nothing is due to be written again.
         """
         with self._lock:
             live = self._live
             due = self._tokens + tokens >= REWRITE_TOKENS
             if live is None or live.weights is not weights or due:
+                return None
+            if is_in_doubt(live.look.versions):
                 return None
             self._tokens += tokens
             if live.order is not None:
@@ -280,39 +281,35 @@ class WeightCache:
     def _rewritten(self, like: Tensor, tokens: int) -> EncoderWeights:
         live, look = self._live, self._look()
         self._tokens += tokens
-        if live is None or not look.finds_same_tensors(live.look):
-            _check_all(look.tensors, like)
-            self._live = live = self._prepare_live(look)
-            self._tokens = 0
-        elif (
-            look.versions != live.look.versions
-            or is_in_doubt(look.versions)
-            or self._tokens >= REWRITE_TOKENS
-        ):
-            self._write(live)
-            live.look = look
-            self._tokens = 0
-        elif live.order is not None:
-            live.order.before_reading()
+        if live is not None and look.finds_same_tensors(live.look):
+            if (
+                look.versions == live.look.versions
+                and not is_in_doubt(look.versions)
+                and self._tokens < REWRITE_TOKENS
+            ):
+                if live.order is not None:
+                    live.order.before_reading()
+                return live.weights
+            if self._write(live):
+                live.look = look
+                self._tokens = 0
+                return live.weights
+        _check_all(look.tensors, like)
+        self._live = live = self._prepare_live(look)
+        self._tokens = 0
         return live.weights
 
     def _prepare_live(self, look: Look) -> _Live:
-        weights = self._prepare()
+        memory = tuple(tensor.detach() for tensor in look.tensors if tensor is not None)
+        weights = replace(self._prepare(), memory=memory)
         stacked, stacked_from = self._stacked(weights)
         derived = self._derived(weights)
         rows = [] if weights.row_of_distance is None else [weights.row_of_distance]
-        return _Live(
-            look,
-            [tensor.detach() for tensor in look.tensors if tensor is not None],
-            stacked,
-            stacked_from,
-            derived,
-            weights,
-            StreamOrder.of([*stacked, *derived, *rows]),
-        )
+        order = StreamOrder.of([*memory, *stacked, *derived, *rows])
+        return _Live(look, stacked, stacked_from, derived, weights, order)
 
-    def _write(self, live: _Live) -> None:
-        """Derive everything again, in place."""
+    def _write(self, live: _Live) -> bool:
+        """Derive everything again, in place; False where that can't be done now."""
 
         def launch() -> None:
             if live.stacked:
@@ -320,10 +317,10 @@ class WeightCache:
             if live.derived:
                 torch._foreach_copy_(live.derived, self._derive())
 
-        if live.order is None:
-            launch()
-        else:
-            live.order.write(launch)
+        if live.order is not None:
+            return live.order.write(launch)
+        launch()
+        return True
 
     def _stacked(self, weights: EncoderWeights) -> tuple[list[Tensor], list[Tensor]]:
         """The parts of the stacks of Q, K and V, and the weights and biases that they repeat."""
@@ -434,10 +431,6 @@ def _qkv_bias(layer: LayerSpec) -> Tensor | None:
     q_bias, v_bias = module.q_bias.detach(), module.v_bias.detach()
     parts = (q_bias, torch.zeros_like(q_bias), v_bias)
     return torch.stack([part.view(-1, attention.head_size) for part in parts], dim=1).view(-1)
-
-
-def _is_capturing(like: Tensor) -> bool:
-    return like.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check_all(tensors: list[Tensor | None], like: Tensor) -> None:

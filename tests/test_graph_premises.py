@@ -211,6 +211,25 @@ def test_other_embeddings_take_ids_that_the_old_ones_refuse(backend: str) -> Non
         model(**{**call, "input_ids": call["input_ids"] + zoo.VOCAB})
 
 
+def test_weights_that_nobody_counts_the_edits_of(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look would never confirm what was launched ahead, so nothing is."""
+    with torch.inference_mode():
+        model = zoo.build("bert")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    call = call_of(model, LENGTHS[0])
+    steps: list[str] = []
+    note(monkeypatch, cache.GraphCache, "_replay", steps)
+    with torch.inference_mode():
+        for _ in range(3):
+            before = model(**call)[0]
+        model.encoder.layer[0].attention.self.key.weight.mul_(2)
+        assert (model(**call)[0] - before).abs().max() > 1e-3
+    assert graphs_of(model)[:2] == (1, 3)
+    assert len(steps) == 3
+
+
 def test_replays_write_no_stacks(backend: str) -> None:
     model = zoo.build("deberta_v2")
     encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
@@ -227,6 +246,19 @@ class NoCopies(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket.__name__ not in ("_foreach_copy_", "baddbmm")
         return func(*args, **kwargs or {})
+
+
+def test_rotary_buffers_outlive_their_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator is told of each stream that a graph reads them on."""
+    recorder = frozen_recorder.install(monkeypatch)
+    model = encoder_fast.patch(zoo.build("modernbert"), "reference", cuda_graphs=True)
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call_of(model, LENGTHS[0]))
+    buffers = {n: b for n, b in model.named_buffers() if n.endswith("inv_freq")}
+    (reads,) = recorder.reads
+    told = {name for name, buffer in buffers.items() if any(buffer is read for read in reads)}
+    assert told and told == {name for name in buffers if "original" not in name}
 
 
 def test_rotary_buffers_are_watched(backend: str) -> None:

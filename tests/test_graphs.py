@@ -347,6 +347,21 @@ def test_streams_wait_for_one_another() -> None:
         assert torch.equal(result, wanted)
 
 
+def test_a_mask_inside_a_graph_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read its lengths would break the graph. The original reads nothing."""
+    model = zoo.build("bert")
+    plain = copy.deepcopy(model)
+    encoder_fast.patch(model, "reference")
+    call = call_of(model, LENGTHS[0])
+    monkeypatch.setattr("encoder_fast.patching.inputs.is_captured", lambda _: True)
+    with torch.inference_mode():
+        assert torch.equal(model(**call)[0], plain(**call)[0])
+        model(call["input_ids"])
+    report = encoder_fast.report(model)
+    (reason,) = report.fallbacks
+    assert reason.startswith("an attention_mask") and report.fast_calls == 1
+
+
 @pytest.mark.gpu
 def test_inside_a_graph_of_the_caller() -> None:
     model = encoder_fast.patch(zoo.build("bert"), cuda_graphs=True)
@@ -357,8 +372,10 @@ def test_inside_a_graph_of_the_caller() -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = model(ids)[0]
+            masked = model(ids, attention_mask=torch.ones_like(ids))[0]
         graph.replay()
     torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(masked, expected)
     assert "the caller records a CUDA graph of its own" in graphs_of(model)[2]
 
 

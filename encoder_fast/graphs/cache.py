@@ -254,9 +254,10 @@ class GraphCache:
                 key.first_token_alone,
             )
 
-        recording = self._recorder.record(forward, static.tensors)
+        reads = [*static.tensors, *self._premises.buffers()]
+        recording = self._recorder.record(forward, reads)
         self._counts.count_recorded()
-        return _Graph(static, recording, self._premises.buffers())
+        return _Graph(static, recording)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,8 +328,7 @@ class _StaticInputs:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """A recorded forward, and all that it reads and writes beside the model's own weights."""
+    """A recorded forward, and the buffers that a batch is copied into first."""
 
     static: _StaticInputs
     recording: Recording
-    buffers: list[Tensor]

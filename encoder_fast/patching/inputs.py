@@ -12,6 +12,7 @@ from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
 from encoder_fast.patching.arguments import Arguments
 from encoder_fast.patching.packed import batch_known_for
 from encoder_fast.spec import EncoderSpec
+from encoder_fast.streams import is_captured
 
 
 def _misfit(name: str, tensor: Tensor) -> str:
@@ -72,6 +73,8 @@ def pack_call(call: Arguments, spec: EncoderSpec, backend: str, reads_first: boo
         return known
     if mask is None:
         return pack_full(*shape, like.device)
+    if is_captured(mask.device):
+        raise NotFastError("an attention_mask, whose lengths nobody can read into a CUDA graph")
     vocab_size = like.shape[0]
     # On the CPU the lookup itself checks the ids.
     ids = call.input_ids if mask.device.type != "cpu" else None
