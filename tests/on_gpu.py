@@ -108,8 +108,10 @@ def pytest_commands(groups: Sequence[str], arguments: Sequence[str]) -> list[lis
     common = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "on_gpu_plugin"]
     common += ["--tb=short"]
     if find_spec("pytest_timeout"):
-        # Nothing but the end of the process stops a kernel that hangs; a new worker goes on.
+        # Nothing but the end of the process stops a kernel that hangs; a new worker goes on. Where
+        # the test stood is printed a little earlier, for a worker that ends prints nothing.
         common += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
+        common += ["-o", f"faulthandler_timeout={TEST_SECONDS - 5}"]
     parallel = []
     if find_spec("xdist"):
         stealing = find_spec("xdist.scheduler.worksteal") is not None

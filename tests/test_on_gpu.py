@@ -111,6 +111,21 @@ def test_workers_leave_memory_for_each_other() -> None:
         assert workers * on_gpu.memory_share(workers) + contexts < 1
 
 
+def test_a_test_that_hangs_is_named_with_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pytest_timeout")
+    monkeypatch.setattr(on_gpu, "TEST_SECONDS", 6)
+    (tmp_path / "torch.py").write_text(TORCH)
+    body = "import time\ndef test_hangs():\n    time.sleep(60)\ndef test_ok(): pass\n"
+    command, _ = on_gpu.pytest_commands([], [])
+    limits = command[command.index("--tb=short") + 1 : command.index(f"-n{on_gpu.workers()}")]
+    output = run_tests(tmp_path, body, "-n1", "-p", "pytest_timeout", *limits)
+    assert "1 failed, 1 passed" in output, output
+    assert re.search(r"test_some.py\D+line 3 in test_hangs", output), output
+    assert re.search(r"worker 'gw0' crashed while running '.*test_hangs'", output)
+
+
 def test_the_last_line_tells_of_both_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
