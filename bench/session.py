@@ -187,8 +187,18 @@ class Session:
             return
         for label, taken in times.items():
             if label in written:
-                more = extra(label, ready[label]) if extra else {}
+                more = self._found_out(extra, label, ready[label]) if extra else {}
                 self._add(replace(rows[label], **timed(taken), **more))
+
+    def _found_out(
+        self, extra: Callable[[str, Ready], dict[str, Any]], label: str, ready: Ready
+    ) -> dict[str, Any]:
+        """Further fields of a row; none where the profiler is refused, which costs no times."""
+        try:
+            return extra(label, ready)
+        except Exception as error:
+            self.console.print(f"[dim]  {label}: {escape(first_line(error))}[/]")
+            return {}
 
     def _no(self, row: Row, status: str, reason: str) -> Row:
         """The row of one who was not timed."""

@@ -110,6 +110,8 @@ def share_outside(machine: Machine, call: Call, calls: int = 5) -> float | None:
     averages = profiler.key_averages()
     if machine.is_gpu:
         busy, whole = sum(a.self_device_time_total for a in averages) / 1e6, plain
+        if not busy:
+            return None  # the profiler saw no kernel: it may not read the GPU here
     else:
         # The profiler slows operations and the gaps between them alike.
         busy, whole = sum(a.self_cpu_time_total for a in averages) / 1e6, watched
