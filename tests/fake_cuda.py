@@ -77,7 +77,7 @@ class FakeCuda:
         is_later: a later version, by the last lines above.
         capture: makes what repeats, as a context, what ran within it; its ``replay()`` is called.
         refusals: errors by the call that raises them, one each time: ``capture_begin``,
-            ``capture_end`` and ``launch`` during a capture.
+            ``begun`` right behind it, ``capture_end`` and ``launch`` during a capture.
         stream_error: what the driver answers when asked for a stream; 0 is success.
         ran: what ran, in order: the stream and the kernels, those of a graph together.
         waits: streams, and those that they waited for.
@@ -85,7 +85,7 @@ class FakeCuda:
 
     is_later: bool = False
     capture: Callable[[], Any] | None = None
-    refusals: dict[str, list[Exception]] = field(default_factory=dict)
+    refusals: dict[str, list[BaseException]] = field(default_factory=dict)
     stream_error: int = 0
     ran: list[tuple[Stream, list[str]]] = field(default_factory=list)
     waits: list[tuple[Stream, Stream]] = field(default_factory=list)
@@ -268,9 +268,12 @@ class CUDAGraph:
         if cuda.capture is not None:
             self._repeats = cuda.capture()
             self._repeats.__enter__()
+        cuda._maybe_refuse("begun", self)
 
     def capture_end(self) -> None:
         cuda = self._cuda
+        if cuda.current_stream() not in cuda._captures:
+            raise RuntimeError("operation not permitted on a stream that is not capturing")
         assert cuda.current_stream() == self._stream
         if self._repeats is not None:
             self._repeats.__exit__(None, None, None)

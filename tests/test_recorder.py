@@ -106,7 +106,7 @@ def test_a_failure_leaves_no_trace(
 
 
 def test_one_failure_after_another(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
-    errors: list[Exception] = [RuntimeError("refused") for _ in range(5)]
+    errors: list[BaseException] = [RuntimeError("refused") for _ in range(5)]
     cuda.refusals["capture_end"] = errors
     with pytest.raises(RecordingFailedError):
         device_recorder.record(forward(cuda), [])
@@ -130,17 +130,11 @@ def test_a_forward_that_fails_fails_the_recording(
     device_recorder.record(forward(cuda), [])
 
 
-def test_an_interrupt_passes(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
-    calls: list[int] = []
-
-    def run() -> Tensor:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return torch.zeros(1)
-
+@pytest.mark.parametrize("call", ["begun", "launch"])
+def test_an_interrupt_passes(call: str, cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    cuda.refusals[call] = [KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
-        device_recorder.record(run, [])
+        device_recorder.record(forward(cuda), [])
     assert cuda.current_stream() == HOME
     assert cuda.is_clean
     device_recorder.record(forward(cuda), [])

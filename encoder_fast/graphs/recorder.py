@@ -151,12 +151,13 @@ class CudaRecorder:
             # Not by `torch.cuda.graph`: it waits for the device, which breaks what other threads
             # record, and leaves this thread on the stream when a recording fails to begin or end.
             with torch.cuda.stream(stream):
-                # Other threads may go on with work of theirs, unless they wait for the device.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
+                    # Other threads may go on with work of theirs, unless they wait for the device.
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     output = run()
                 except BaseException:
-                    # The end may fail too, and would say less.
+                    # Also where it has not begun, or nobody knows. The end may fail too, and would
+                    # say less.
                     with suppress(RuntimeError):
                         self._end(graph)
                     raise
