@@ -44,8 +44,10 @@ def call_of(model: nn.Module, lengths: Sequence[int], seed: int = 0) -> dict[str
 
 def graphs_of(model: nn.Module) -> tuple[int, int, dict[str, int]]:
     """Recorded, replayed, and calls without by reason."""
-    graphs = encoder_fast.report(model).encoders[0].graphs
+    report = encoder_fast.report(model)
+    graphs = report.encoders[0].graphs
     assert graphs is not None
+    assert report.fast_calls == graphs.replayed + sum(graphs.without.values())
     return graphs.recorded, graphs.replayed, graphs.without
 
 

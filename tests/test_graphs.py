@@ -252,6 +252,18 @@ def test_calls_without_a_graph_say_why(backend: str) -> None:
     assert "2 x without: a batch without a token" in text
 
 
+def test_what_falls_back_counts_as_no_call_without(backend: str) -> None:
+    model = zoo.build("bert")
+    encoder_fast.patch(model, backend, cuda_graphs=True)
+    call = call_of(model, LENGTHS[0])
+    embeds = model.embeddings.word_embeddings(call.pop("input_ids")).detach()
+    model.encoder.layer[0].output.dense.double()
+    with torch.inference_mode(), pytest.raises(RuntimeError):
+        model(inputs_embeds=embeds, **call)
+    assert graphs_of(model) == (0, 0, {})
+    assert sum(encoder_fast.report(model).fallbacks.values()) == 1
+
+
 def test_large_batches_run_without(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "most_tokens", lambda *_: 40)
     model = encoder_fast.patch(zoo.build("bert"), backend, cuda_graphs=True)

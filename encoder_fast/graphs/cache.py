@@ -127,9 +127,9 @@ class GraphCache:
         self._counts.count_replayed()
         return True
 
-    def run(self, inputs: Inputs, *, first_token_alone: bool, every_state: bool) -> Tensor | None:
-        """The last hidden state as :func:`engine.encode` gives it, or ``None`` where this call has
-        to run without a graph, which is counted with its reason.
+    def run(self, inputs: Inputs, *, first_token_alone: bool, every_state: bool) -> Tensor | str:
+        """The last hidden state as :func:`engine.encode` gives it, or why this call has to run
+        without a graph.
 
         Args:
             every_state: the hidden states of all layers are wanted.
@@ -138,18 +138,17 @@ class GraphCache:
             NotFastError: the weights are such that the engine can't run at all.
         """
         reason = self._why_not(inputs, every_state)
-        if reason is None:
-            key = _Key.of(inputs, first_token_alone)
-            with self._lock:
-                held = self._drop_if_outdated(inputs.batch.total)
-                found = self._graph_of(key, inputs, held)
-                if isinstance(found, _Graph):
-                    result = self._replay(key, found, inputs)
-                    self._counts.count_replayed()
-                    return result
-            reason = found
-        self._counts.count_without(reason)
-        return None
+        if reason is not None:
+            return reason
+        key = _Key.of(inputs, first_token_alone)
+        with self._lock:
+            held = self._drop_if_outdated(inputs.batch.total)
+            found = self._graph_of(key, inputs, held)
+            if isinstance(found, str):
+                return found
+            result = self._replay(key, found, inputs)
+        self._counts.count_replayed()
+        return result
 
     def _why_not(self, inputs: Inputs, every_state: bool) -> str | None:
         batch = inputs.batch

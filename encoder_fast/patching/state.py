@@ -318,12 +318,14 @@ class EncoderState:
         """The last hidden state of a batch, packed."""
         spec, backend = reading.spec, reading.backend
         inputs = inputs_of(call, spec, batch)
+        why_no_graph: str | None = None
         if reading.graphs is not None:
-            replayed = reading.graphs.run(
+            found = reading.graphs.run(
                 inputs, first_token_alone=first_token_alone, every_state=collect is not None
             )
-            if replayed is not None:
-                return replayed
+            if isinstance(found, Tensor):
+                return found
+            why_no_graph = found
         positions = positions_of(inputs, spec.embeddings.position_padding_idx)
         ids, types, embeds = (
             None if padded is None else batch.pack(padded)
@@ -335,9 +337,12 @@ class EncoderState:
         )
         if collect is not None:
             collect.append(hidden)
-        return engine.encode(
+        last = engine.encode(
             spec, weights, backend, batch, positions, hidden, collect, first_token_alone
         )
+        if self.graph_counts is not None and why_no_graph is not None:
+            self.graph_counts.count_without(why_no_graph)
+        return last
 
     def _current_reading(self, model: nn.Module) -> _Reading:
         reading = self._reading
