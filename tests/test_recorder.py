@@ -119,6 +119,19 @@ def test_one_failure_after_another(cuda: FakeCuda, device_recorder: CudaRecorder
     assert replay(cuda, device_recorder, recording) == ["gemm", "norm"]
 
 
+def test_what_failures_keep_is_bounded(cuda: FakeCuda, device_recorder: CudaRecorder) -> None:
+    earlier = device_recorder.record(forward(cuda), [])
+    cuda.refusals["capture_end"] = [RuntimeError("refused") for _ in range(100)]
+    for _ in range(30):
+        with pytest.raises(RecordingFailedError):
+            device_recorder.record(forward(cuda), [])
+    # Each keeps a pool and its workspace.
+    assert len(cuda.refusals["capture_end"]) == 100 - recorder._MOST_ABANDONED
+    with pytest.raises(RecordingFailedError, match="8 others did not end on this GPU"):
+        device_recorder.record(forward(cuda), [])
+    assert replay(cuda, device_recorder, earlier) == ["gemm", "norm"]
+
+
 def test_a_forward_that_fails_fails_the_recording(
     cuda: FakeCuda, device_recorder: CudaRecorder
 ) -> None:

@@ -2,8 +2,8 @@
 busy while the host launches them one by one.
 
 A recorded forward is for one size of everything, so batches are rounded up to a bucket
-(:mod:`~encoder_fast.graphs.bucket`): tokens that belong to no sequence and sequences without a
-token behind the real ones, of which no backend makes any difference to the real ones.
+(:mod:`~encoder_fast.graphs.bucket`): behind the real tokens come some that belong to no sequence,
+and behind the real sequences some without a token. They change nothing for the real ones.
 """
 
 from encoder_fast.graphs.cache import GraphCache, Inputs, Replayed

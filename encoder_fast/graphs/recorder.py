@@ -85,6 +85,10 @@ def _recorder_of(device: torch.device) -> Recorder:
 # PyTorch records one graph at a time in a process.
 _recording = threading.Lock()
 
+# A recording that did not end keeps its memory for good: cuBLAS's workspace, 32 MiB on Hopper, and
+# what lies between layers. So after so many of them nothing more is recorded on that GPU.
+_MOST_ABANDONED = 8
+
 
 class CudaRecorder:
     """The CUDA graphs of a device: all encoders share a memory pool and a stream to record on."""
@@ -100,6 +104,7 @@ class CudaRecorder:
         # PyTorch 2.11 refuses a pool that no graph uses any more while the workspace is still in
         # it. So the last graph stays, also when its encoder has dropped it.
         self._last_graph: torch.cuda.CUDAGraph | None = None
+        self._abandoned = 0
 
     def why_not_now(self) -> str | None:
         with torch.cuda.device(self._device):
@@ -117,6 +122,8 @@ class CudaRecorder:
                 self._last_turn.record(stream)
 
     def record(self, run: Callable[[], Tensor], reads: Sequence[Tensor]) -> Recording:
+        if self._abandoned >= _MOST_ABANDONED:
+            raise RecordingFailedError(f"{self._abandoned} others did not end on this GPU")
         with torch.cuda.device(self._device):
             try:
                 # Whatever happens once at a first launch, such as compiling a kernel or making
@@ -184,6 +191,7 @@ class CudaRecorder:
         """Record somewhere else from now on: a recording that did not end leaves the pool in
         a state that differs by version. Graphs that are there keep it."""
         self._stream = self._last_graph = None
+        self._abandoned += 1
         # As long as PyTorch takes it for recording, memory that was used on several streams is
         # never free again.
         with suppress(RuntimeError):
