@@ -137,6 +137,20 @@ def test_every_instruction_is_run(kernels: dict[str, Kernel]) -> None:
     assert set(written) <= {text.split()[0] for text in run}
 
 
+# Instructions whose result depends on their operands alone.
+PURE = ("cvt", "ex2", "rcp", "mma")
+
+
+def test_no_access_may_be_moved_across_what_orders_it() -> None:
+    """Nor left out: the compiler knows of an asm that it touches memory, if it is told so."""
+    statements = re.findall(r"asm( volatile)?\(\s*(.*?)\);", HEADER, re.DOTALL)
+    assert len(statements) == len(re.findall(r"\basm\b", HEADER))
+    for volatile, body in statements:
+        opcode = body.lstrip('"').split(".")[0]
+        if opcode not in PURE and not body.startswith('""'):
+            assert volatile and '"memory"' in body, body
+
+
 # What the words in memory cannot tell.
 @pytest.mark.parametrize(
     ("case", "has", "lacks"),
