@@ -21,6 +21,7 @@ from encoder_fast import backends
 from encoder_fast.backends import load, measurements, resolve
 from encoder_fast.backends.cuda_kernels import CudaKernels
 from encoder_fast.errors import BackendUnavailableError, UnsupportedModelError
+from encoder_fast.ops import attention as attention_op
 from encoder_fast.ops import disentangled_attention
 from encoder_fast.ops.add_layer_norm import add_layer_norm
 from encoder_fast.ops.attention import attention
@@ -290,16 +291,54 @@ def test_predicted_attention(calls, monkeypatch, size, dtype, winner) -> None:
 def test_auto_copies_what_cuda_does_not_read(calls, monkeypatch: pytest.MonkeyPatch) -> None:
     one = problem((5,), torch.float16, heads=1, device=DEVICE)
     apart = torch.zeros(5, 1, 33, dtype=torch.float16, device=DEVICE)
-    monkeypatch.setattr(disentangled_attention, "resolve", lambda *call: ("measured", ""))
+    for op in (attention_op, disentangled_attention):
+        monkeypatch.setattr(op, "resolve", lambda *call: ("measured", ""))
     monkeypatch.setattr(measurements, "TABLE", {})
     monkeypatch.setattr(measurements, "winner", lambda *call: str(CUDA))
     for k in (one.k[:5], apart[:, :, :32]):
+        attention(one.q[:5], k, one.v[:5], one.cu_seqlens, 5)
         disentangled_attention.disentangled_attention(
             *(one.q[:5], k, one.v[:5], one.cu_seqlens, 5, one.row_of_distance),
             pos_key=one.pos_key,
             pos_query=one.pos_query,
         )
-    assert calls == [CUDA, "triton"]
+    assert calls == [CUDA, CUDA, CUDA, "triton", CUDA, "triton"]
+
+
+def test_auto_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No op looks at addresses before the dispatcher, where torch.compile has none."""
+    one = problem((5,), torch.float16, heads=1, tail=0, device=DEVICE)
+    for op in (attention_op, disentangled_attention):
+        monkeypatch.setattr(op, "resolve", lambda *call: ("measured", ""))
+    monkeypatch.setattr(measurements, "winner", lambda *call: str(CUDA))
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        positions = {"pos_key": one.pos_key, "pos_query": one.pos_query}
+        places = one.cu_seqlens, one.longest
+        plain = attention(q, k, v, *places)
+        return plain, disentangled_attention.disentangled_attention(
+            q, k, v, *places, one.row_of_distance, **positions
+        )
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    expected = both(one.q, one.k, one.v)
+    assert all(map(torch.equal, compiled(one.q, one.k, one.v), expected))
+
+
+def test_autos_choice_is_a_constant_for_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, needs = torch.device("cuda", 0), frozenset({"disentangled_attention"})
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def add_names(x: Tensor) -> Tensor:
+        return x + len(resolve("auto", gpu)[0] + resolve("auto", gpu, needs)[0])
+
+    x = torch.zeros(2)
+    try:
+        compiled = torch.compile(add_names, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), add_names(x))
+    finally:
+        measurements.architecture.cache_clear()
 
 
 def test_a_record_overrides_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -361,24 +361,27 @@ def test_no_gradient_is_lost_in_silence() -> None:
         attention(Q.clone().requires_grad_(), Q, Q, CU, 4)
 
 
-def all_ops(x: torch.Tensor, ids: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+def all_ops(x: torch.Tensor, ids: torch.Tensor, cu: torch.Tensor, backend: str) -> torch.Tensor:
+    on: dict[str, str] = {"backend": backend}
     q = x.view(-1, 1, 16)
     angles = x[:, :8].contiguous()
-    q = rotary(torch.stack([q, q, q], dim=1), angles, angles)[:, 0]
-    y = attention(q, q, q, cu, 4).flatten(1)
-    y = y + attention(q, q, q, cu, 4, window_size=1).flatten(1)
-    y = y + attention(q, q, q, cu, 4, relative_bias=x[:1, :3]).flatten(1)
-    y, total = add_layer_norm_sum(linear(y, x[:16], activation="gelu"), y)
-    y = add_layer_norm(y, total)
-    return y + embed_layer_norm(ids, x)
+    q = rotary(torch.stack([q, q, q], dim=1), angles, angles, **on)[:, 0]
+    y = attention(q, q, q, cu, 4, **on).flatten(1)
+    y = y + attention(q, q, q, cu, 4, window_size=1, **on).flatten(1)
+    y = y + attention(q, q, q, cu, 4, relative_bias=x[:1, :3], **on).flatten(1)
+    y, total = add_layer_norm_sum(linear(y, x[:16], activation="gelu", **on), y, **on)
+    y = add_layer_norm(y, total, **on)
+    return y + embed_layer_norm(ids, x, **on)
 
 
-def test_torch_compile_sees_no_graph_break() -> None:
+@pytest.mark.parametrize("backend", ["auto", *(name for name in BACKENDS if name == "triton")])
+def test_torch_compile_sees_no_graph_break(backend: str) -> None:
     x = torch.randn(16, 16, device=DEVICE)
     ids = torch.arange(16, device=DEVICE)
     cu = cumulative([3, 4, 4, 4, 1])
     compiled = torch.compile(all_ops, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, ids, cu), all_ops(x, ids, cu))
+    expected = all_ops(x, ids, cu, backend)
+    torch.testing.assert_close(compiled(x, ids, cu, backend), expected)
 
 
 OPS = ["attention", "add_layer_norm", "add_layer_norm_sum", "embed_layer_norm", "linear", "rotary"]

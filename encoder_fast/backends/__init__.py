@@ -81,6 +81,8 @@ def _why_no_extension() -> str | None:
     return None
 
 
+# It asks what torch.compile can't trace: what is installed, and what a GPU is.
+@torch.compiler.assume_constant_result
 def resolve(
     name: str, device: torch.device, needs: frozenset[str] = frozenset()
 ) -> tuple[str, str]:

@@ -48,7 +48,7 @@ __all__ = [
     "rows_to_compute",
 ]
 
-HEAD_SIZES: frozenset[int] | None = None
+HEAD_SIZES: tuple[int, ...] | None = None
 MAX_WIDTH: int | None = None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

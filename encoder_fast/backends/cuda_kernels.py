@@ -18,8 +18,8 @@ from torch import Tensor
 from encoder_fast.backends import linears
 from encoder_fast.backends.linears import Activation, PreparedFeedForward, PreparedLinear
 
-HEAD_SIZES: frozenset[int] | None = frozenset({32, 64, 128})
-HEAD_SIZES_OF_OP: dict[str, frozenset[int]] = {"disentangled_attention": frozenset({32, 64})}
+HEAD_SIZES: tuple[int, ...] | None = (32, 64, 128)
+HEAD_SIZES_OF_OP: dict[str, tuple[int, ...]] = {"disentangled_attention": (32, 64)}
 MAX_WIDTH: int | None = 8192
 # What a whole encoder may be in: attention has no float32 kernel.
 DTYPES = (torch.float16, torch.bfloat16)
@@ -36,6 +36,10 @@ _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _ACCESS_BYTES = 16
 _INT32_MAX = 2**31 - 1
+
+
+class UnalignedRowsError(ValueError):
+    """Rows of heads begin between two accesses."""
 
 
 class CudaKernels:
@@ -304,24 +308,17 @@ class CudaKernels:
         row_stride, head_stride = (0 if heads.shape[i] == 1 else heads.stride(i) for i in range(2))
         for what, elements in (("row stride", row_stride), ("head stride", head_stride)):
             if elements * heads.element_size() % _ACCESS_BYTES:
-                raise ValueError(
+                raise UnalignedRowsError(
                     f"backend 'cuda' reads {_ACCESS_BYTES} bytes at a time: {name}'s {what} must "
                     f"be a multiple of {_ACCESS_BYTES // heads.element_size()}, got {elements}"
                 )
         address = self._address(heads)
         if address % _ACCESS_BYTES:
-            raise ValueError(
+            raise UnalignedRowsError(
                 f"backend 'cuda' reads {_ACCESS_BYTES} bytes at a time: {name} must begin at a "
                 f"multiple of them, got address {address:#x}"
             )
         return address, row_stride, head_stride
-
-
-def is_aligned(heads: Tensor) -> bool:
-    """Whether every head of ``(total, H, D)`` begins where an access may."""
-    strides = [heads.stride(i) for i in range(2) if heads.shape[i] > 1]
-    offsets = [heads.data_ptr(), *(stride * heads.element_size() for stride in strides)]
-    return all(offset % _ACCESS_BYTES == 0 for offset in offsets)
 
 
 def _place(like: Tensor) -> tuple[int, int]:

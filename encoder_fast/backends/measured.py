@@ -1,7 +1,8 @@
 """Each op on the backend that was measured, or is predicted, to be the fastest for its shape.
 
 What ``auto`` uses where :mod:`~encoder_fast.backends.measurements` says anything. Linears are
-``triton``'s, for their weights are prepared once, ahead of any shape.
+``triton``'s, for their weights are prepared once, ahead of any shape. Rows of attention that begin
+between two accesses of CUDA C++ are ``triton``'s too, whose launchers copy them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from encoder_fast.backends import cuda_kernels, load, measurements
+from encoder_fast.backends.cuda_kernels import UnalignedRowsError
 
 _TRITON = load("triton")
 
@@ -42,9 +44,11 @@ def attention(
     if window_size is None and relative_bias is None:
         shape = measurements.attention_class(q.shape[2], max_seqlen)
         name = measurements.winner("attention", q.device, q.dtype, shape)
-    return load(name).attention(
-        q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size, relative_bias
-    )
+    arguments = (q, k, v, cu_seqlens, max_seqlen, softmax_scale, window_size, relative_bias)
+    try:
+        return load(name).attention(*arguments)
+    except UnalignedRowsError:
+        return _TRITON.attention(*arguments)
 
 
 def disentangled_attention(
@@ -63,9 +67,11 @@ def disentangled_attention(
     if q.dtype in cuda_kernels.DTYPES and size in sizes:
         shape = measurements.attention_class(size, max_seqlen)
         name = measurements.winner("disentangled_attention", q.device, q.dtype, shape)
-    return load(name).disentangled_attention(
-        q, k, v, pos_key, pos_query, row_of_distance, cu_seqlens, max_seqlen, softmax_scale
-    )
+    operands = (q, k, v, pos_key, pos_query, row_of_distance)
+    try:
+        return load(name).disentangled_attention(*operands, cu_seqlens, max_seqlen, softmax_scale)
+    except UnalignedRowsError:
+        return _TRITON.disentangled_attention(*operands, cu_seqlens, max_seqlen, softmax_scale)
 
 
 def add_layer_norm(

@@ -38,7 +38,7 @@ __all__ = [
     "rotary",
 ]
 
-HEAD_SIZES: frozenset[int] | None = None
+HEAD_SIZES: tuple[int, ...] | None = None
 MAX_WIDTH: int | None = None
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

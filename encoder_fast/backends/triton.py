@@ -44,7 +44,8 @@ __all__ = [
     "rotary",
 ]
 
-HEAD_SIZES: frozenset[int] | None = frozenset({16, 32, 64, 96, 128})
+# A tuple: torch.compile can't guard what a set has.
+HEAD_SIZES: tuple[int, ...] | None = (16, 32, 64, 96, 128)
 MAX_WIDTH: int | None = 8192
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # No op waits for the device or asks it anything, so that CUDA graphs can be recorded.

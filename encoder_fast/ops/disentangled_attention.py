@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from encoder_fast.backends import resolve
-from encoder_fast.backends.cuda_kernels import is_aligned
 from encoder_fast.ops._library import Operator, check_dtype, forbid_grad
 from encoder_fast.ops.attention import why_no_head_size
 
@@ -101,9 +100,6 @@ def disentangled_attention(
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     forbid_grad("disentangled_attention", q, k, v, pos_key, pos_query)
     name, _ = resolve(backend, q.device, frozenset({"disentangled_attention"}))
-    operands = (q, k, v, pos_key, pos_query)
-    if name == "measured" and not all(x is None or is_aligned(x) for x in operands):
-        name = "triton"  # which copies rows that begin between two accesses
     check_dtype("disentangled_attention", name, q.dtype)
     reason = why_no_head_size(name, q.shape[2], "disentangled_attention")
     if reason is not None:
