@@ -4,7 +4,7 @@ models, and how `auto` comes to choose it."""
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import cuda_host_build
 import pytest
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import encoder_fast
 from encoder_fast import backends
-from encoder_fast.backends import load, measurements, resolve
+from encoder_fast.backends import cuda_kernels, load, measurements, resolve
 from encoder_fast.backends.cuda_kernels import CudaKernels
 from encoder_fast.errors import BackendUnavailableError, UnsupportedModelError
 from encoder_fast.ops import attention as attention_op
@@ -30,6 +30,12 @@ from encoder_fast.parity import compare
 
 CUDA = next((name for name in kernel_backends() if name.startswith("cuda")), None)
 pytestmark = pytest.mark.skipif(CUDA is None, reason="the CUDA sources are not compiled here")
+
+# Of the extension, those that launch.
+FUNCTIONS = (
+    *("disentangled_attention", "attention"),
+    *("add_layer_norm", "embed_layer_norm", "bias_gelu"),
+)
 
 CU = torch.tensor([0, 4], dtype=torch.int32, device=DEVICE)
 
@@ -105,6 +111,38 @@ def test_every_access_is_checked_by_the_emulation() -> None:
     # What was allowed to the launch that failed is forbidden again.
     expected = load("cuda-host").add_layer_norm(x, None, None, None, 1e-12, None)
     assert torch.equal(add_layer_norm(x, backend="cuda-host"), expected)
+
+
+def test_launches_go_where_pytorchs_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    if CUDA != "cuda-host":
+        pytest.skip("kernels run on the GPU here")
+
+    def current_stream(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=1000 + device.index)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    operand = SimpleNamespace(device=torch.device("cuda", 3))
+    assert cuda_kernels._place(operand) == (3, 1003)
+
+    # The last two things that the extension is told; the emulation has but one place.
+    places = []
+
+    class Watched(ModuleType):
+        def __getattr__(self, name):
+            def call(*arguments):
+                places.append((name, arguments[-2:]))
+
+            return call if name in FUNCTIONS else getattr(cuda_host_build.build_backend(), name)
+
+    monkeypatch.setattr(cuda_kernels, "_place", lambda like: (3, 1003))
+    kernels = CudaKernels(Watched("_cuda_host"))
+    one, x = problem((5,), torch.float16, device=DEVICE), random(5, 64)
+    kernels.disentangled_attention(*one.arguments)
+    kernels.attention(one.q, one.k, one.v, one.cu_seqlens, 5, 0.2)
+    kernels.add_layer_norm(x, None, None, None, 1e-12, None)
+    kernels.embed_layer_norm(torch.arange(5), None, None, x, None, None, None, None, 1e-12)
+    kernels.linear(x, x, None, "gelu")
+    assert places == [(name, (3, 1003)) for name in FUNCTIONS]
 
 
 # A width of full accesses over one block and over two, one of single elements, and one column.

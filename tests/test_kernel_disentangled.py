@@ -185,6 +185,25 @@ def test_strides_beyond_the_pointers_of_cuda() -> None:
         load(CUDA[0]).disentangled_attention(*one.arguments)
 
 
+@pytest.mark.large_memory
+def test_rows_beyond_32_bits_of_offset(kernel: ModuleType) -> None:
+    # In elements for Triton, whose next tile is as far away; for CUDA C++, which has rows 2**25
+    # elements apart at most, in bytes. Pages not touched take no memory.
+    length, apart = (70, 2**24) if "cuda" in kernel.__name__ else (33, 2**26)
+    one = problem((length,), torch.float16, heads=1, tail=0, device=DEVICE)
+    try:
+        storage = torch.empty_strided((length * apart,), (1,), dtype=torch.float16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"{length * apart >> 29} GiB cannot be had: {error}")
+    far = {}
+    for i, name in enumerate(("q", "k", "v")):
+        far[name] = storage[32 * i :].as_strided((length, 1, 32), (apart, 32, 1))
+        far[name].copy_(getattr(one, name))
+    for lengths in ((length,), (1, length - 1)):
+        one = replace(one, lengths=lengths, **far)
+        one.check(run(kernel, one))
+
+
 @pytest.mark.parametrize("length", (40, 70, 130))
 def test_keys_that_score_minus_infinity_get_no_weight(kernel: ModuleType, length: int) -> None:
     # All keys of the tile that goes first: what follows must not come out as NaN.

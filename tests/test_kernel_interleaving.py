@@ -4,7 +4,8 @@ touch one element, of which one writes it, both do so atomically."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -164,13 +165,27 @@ def test_no_result_depends_on_the_order_of_programs(
                 torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-def test_every_kernel_is_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = set()
-    monkeypatch.setattr(
-        GridExecutor, "__call__", lambda self, *_, **__: launched.add(self.fn.__name__)
-    )
+def test_every_kernel_is_among_them_and_launched_on_its_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched, scopes = set(), [0]
+
+    @contextmanager
+    def device_of(operand: Tensor) -> Iterator[None]:
+        assert operand.device == torch.device(DEVICE)
+        scopes.append(0)
+        yield
+        assert scopes.pop() == 1, "one launch a scope"
+
+    def launch(self: GridExecutor, *_: object, **__: object) -> None:
+        launched.add(self.fn.__name__)
+        scopes[-1] += 1
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
     for call in CALLS.values():
         call()
+    assert scopes == [0], "Triton launches on the current device, which is another's"
     names = (path.stem for path in Path(integers.__file__).parent.glob("*.py"))
     modules = [importlib.import_module(f"encoder_fast.kernels.{name}") for name in names]
     functions = [x for m in modules for x in vars(m).values() if isinstance(x, InterpretedFunction)]
