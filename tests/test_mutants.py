@@ -93,7 +93,7 @@ def test_the_runner(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "survives: the same for integers",
         "BROKEN: pytest ended with 2",
     ]
-    assert rows[0][1:3] == ["code_under_test.py:3", "`` while x > 5: `` → `` while x > 4: ``"]
+    assert rows[0][1:3] == ["code_under_test.py", "`` while x > 5: `` → `` while x > 4: ``"]
 
     # The rows of what is not run again stay.
     shutil.copy(out, tree.parent / "before.md")

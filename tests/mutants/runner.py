@@ -55,7 +55,7 @@ It shows how dense the tests are, not that the code is right. Kernels in `csrc/`
 emulation and those in `kernels/` in Triton's interpreter, so it says nothing of the code that
 compilers make of them; `make test-gpu` runs that on a card.
 
-| mutant | place | change | result | why it matters |
+| mutant | file | change | result | why it matters |
 |---|---|---|---|---|
 """
 
@@ -82,14 +82,13 @@ class Mutant:
         return None
 
     def change(self, root: Path) -> tuple[str, str, str]:
-        """Where it is, and the lines as they are and as they become."""
+        """Its file, and the lines as they are and as they become."""
         text = (root / self.file).read_text("utf-8")
         before, after = text.splitlines(), text.replace(self.old, self.new).splitlines()
         steps = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
         differing = [step for step in steps if step[0] != "equal"]
         (_, first, _, begin, _), (_, _, last, _, end) = differing[0], differing[-1]
-        codes = _code(before[first:last]), _code(after[begin:end])
-        return f"{self.file}:{first + 1}", *codes
+        return self.file, _code(before[first:last]), _code(after[begin:end])
 
 
 @dataclass(frozen=True)
@@ -238,8 +237,8 @@ class Table:
             self.rows = {line.split(" | ")[0].strip("| `"): line for line in lines}
 
     def add(self, mutant: Mutant, outcome: Outcome) -> None:
-        place, before, after = mutant.change(self.root)
-        cells = (f"`{mutant.name}`", place, f"{before} → {after}", outcome.result, mutant.why)
+        file, before, after = mutant.change(self.root)
+        cells = (f"`{mutant.name}`", file, f"{before} → {after}", outcome.result, mutant.why)
         self.rows[mutant.name] = f"| {' | '.join(cells)} |"
         if self.path is not None:
             rows = [self.rows[m.name] for m in self.mutants if m.name in self.rows]
