@@ -95,6 +95,16 @@ def test_spans(kernel: ModuleType, span: int, buckets: int, end: int) -> None:
     one.check(run(kernel, one))
 
 
+def test_any_rows(kernel: ModuleType) -> None:
+    # A DeBERTa's two farthest distances share a row, which would hide an end that is off by one.
+    spans = {"span": 8, "buckets": 8, "max_distance": 20}
+    one = problem((40, 5), kernel.DTYPES[0], **spans, device=DEVICE)
+    assert 2 * one.longest > len(one.row_of_distance)
+    rows = torch.randint_like(one.row_of_distance, len(one.pos_key))
+    one = replace(one, row_of_distance=rows)
+    one.check(run(kernel, one))
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 def test_long_sequence(kernel: ModuleType, dtype: torch.dtype) -> None:
     # Eleven key tiles: positions are carried from one to the next.
