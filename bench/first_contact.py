@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Seconds that a step has to end by itself when its time is up: pytest sums up, bench says where.
+# Seconds for a step to end by itself when its time is up.
 _GRACE = 4
 
 
@@ -58,7 +58,7 @@ def steps(out: Path) -> tuple[Step, ...]:
     no_cache = {**one_thread, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def sweep(backend: str) -> Step:
-        # In a process each: who breaks the CUDA context does not take the other's figures along.
+        # Apart: a backend that breaks the CUDA context does not cost the other's figures.
         return Step(backend, 20, 17, [*bench, "sweep", "--backend", backend], "figures")
 
     def sanitizer(tool: str) -> Step:
@@ -90,7 +90,7 @@ nvidia-smi
 "$PYTHON" -c 'import torch, transformers, triton; print("torch", torch.__version__)'
 """
 
-# Each by itself: a CUDA extension that fails or is slow does not cost the other one.
+# Each by itself: if one fails or is slow, the other is still there.
 _BUILD = """
 ENCODER_FAST_BUILD_CUDA=0 "$PYTHON" setup.py -q build_ext --inplace &
 ENCODER_FAST_BUILD_CPU=0 "$PYTHON" setup.py -q build_ext --inplace
@@ -190,7 +190,7 @@ class _Running:
                 stdin=subprocess.DEVNULL,
                 stdout=self._file,
                 stderr=subprocess.STDOUT,
-                # Not a session of its own: who ends ours ends these too.
+                # In our session: whatever ends that ends the step too.
                 process_group=0,
             )
         except OSError as error:

@@ -39,8 +39,8 @@ _SECONDS = {
 # What building a compiled contestant may take; with less left it does not start.
 _COMPILE_SECONDS = {"cpu": 45, "gpu": 10, "fake": 0}
 
-# On a GPU those who compile come last and have seconds of their own: what they take no one else
-# lacks, and who stops the run early has everything but them.
+# On a GPU contestants that compile come last and have seconds of their own. They take no time from
+# the others, and a run that is stopped early lacks only them.
 _COMPILED_SECONDS = {
     False: {"kernels": 60, "models": 90},
     True: {"kernels": 25, "models": 35},
@@ -128,7 +128,7 @@ class Session:
     ) -> None:
         """Build everybody, check them, time those who are right, and write a row for each.
 
-        Those who compile on a GPU have a race of their own, beside ours; of ours the first counts.
+        Those who compile on a GPU have a race of their own, beside the first of ours.
 
         Args:
             extra: further fields of a contestant's row, found out after the race.

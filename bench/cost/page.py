@@ -24,20 +24,20 @@ its machine code are counted by the unit that runs them ({by}).
 A pass is one step of the main loop, or the whole kernel where there is none. Its clocks are how
 long each unit of a multiprocessor is busy with one block. The busiest unit is the bound: no other
 order of the same instructions is faster. `in turn` adds the tensor cores' clocks to those of the
-busiest other unit: what a kernel takes whose products never overlap with the rest.
+busiest other unit: a kernel takes that long if its products never overlap with the rest.
 
 - The main loop is the innermost one with the most products, or the one through which most bytes of
-  global memory go. Of its passes the one counts that does all the work in the fewest instructions:
-  the mask of a last tile, a rescaling that is rare and slow cases are left out.
+  global memory go. The count follows its shortest pass that does all the work, so it leaves out the
+  mask of a last tile, rare rescalings and slow cases.
 - `shared` is bytes through the banks of shared memory, at 128 a clock: loads and stores (an
   `ldmatrix` of four has 512), what asynchronous copies write, and what `wgmma` reads, A of 64 rows
   and B of N columns, each 16 deep. Shuffles may go the same way; they are listed by themselves.
 - `issue` is all instructions, one a clock for each of the four parts of a multiprocessor.
-- Nothing here knows latencies, waits, bank conflicts, caches, launches, or the last wave of blocks
-  that fills the card in part.
+- The table knows no latencies, waits, bank conflicts, caches or launches. It takes the last wave of
+  blocks for a full one.
 - Times are for {tokens:,} tokens, {heads} heads and bfloat16. `memory` is each byte moved once, at
-  the rate of a copy. What is predicted runs from the larger of memory and pipes to the larger of
-  memory and in turn. Published kernels of this kind are at the slow end and beyond: on an H100, at
+  the rate of a copy. A prediction is a range, from the larger of memory and pipes to the larger of
+  memory and in turn. Published kernels of this kind are at its slow end and beyond: on an H100, at
   D = 64 and S = 512, FlashAttention-2 reaches 282 TFLOP/s and Triton's tutorial 340.
 - The mnemonics of `tcgen05` (sm_100) name no sizes: clocks of tensor cores are the work divided by
   the rate, and what they read from shared memory is not counted.
@@ -51,8 +51,8 @@ Tensor cores: the data sheets' dense 16-bit peaks are 312, 989 and 2,250 TFLOP/s
 and clock they make 1,024, 2,048 and 4,096 multiply-adds, which the clocks above are rounded to; at
 an H100's 1.755 GHz 989 TFLOP/s would be 2,135, and times by the 2,048 are 4% longer than here.
 `mma.sync` was measured at 62% of an H100's peak (arXiv 2402.13499). For Blackwell the same
-instructions a clock as on Hopper are assumed. No more than this is known of memory: 1.75, 3.0 and
-7.0 TB/s stand for copies on cards of 2.04, 3.35 and 8.0 TB/s.
+instructions a clock as on Hopper are assumed. Memory is taken for 1.75, 3.0 and 7.0 TB/s in a copy,
+on cards of 2.04, 3.35 and 8.0 TB/s.
 """
 
 

@@ -31,8 +31,8 @@ _HOW = """\
   breaks it gets no figure.
 - **In turn.** All contestants of a case are alive at once and run round after round, so that a busy
   moment hits all of them. Times are medians; *p20 to p80* is the spread from the 20th to the 80th
-  percentile of the rounds, as a share of the median. On a GPU who has to be compiled runs last,
-  beside ours in a race of its own.
+  percentile of the rounds, as a share of the median. On a GPU contestants that compile run last,
+  beside ours in a race of their own.
 - **Settled.** Where models run on a CPU each contestant waits for 20 ms first, so that the threads
   of the one before are asleep, and of calls below 0.1 s the second of two in a row counts.
 - **Real tokens.** Tokens a second count those that are not padding, for everybody.
