@@ -137,23 +137,28 @@ def note(patch: pytest.MonkeyPatch, home: type, name: str, steps: list[str]) -> 
     patch.setattr(home, name, method)
 
 
-def add_hook(model: nn.Module) -> None:
-    model.encoder.layer[1].output.register_forward_hook(lambda *_: None)
+def add_hook(model: nn.Module) -> Callable[[], object]:
+    return model.encoder.layer[1].output.register_forward_hook(lambda *_: None).remove
 
 
-def replace_forward(model: nn.Module) -> None:
+def replace_forward(model: nn.Module) -> Callable[[], object]:
     dense = model.encoder.layer[0].output.dense
     dense.forward = lambda x: F.linear(x, dense.weight)
+    return lambda: delattr(dense, "forward")
 
 
-def train_a_part(model: nn.Module) -> None:
+def train_a_part(model: nn.Module) -> Callable[[], object]:
     model.encoder.layer[0].attention.train()
+    return model.eval
 
 
 @pytest.mark.parametrize("change", [add_hook, replace_forward, train_a_part])
 def test_what_was_launched_for_another_model_is_dropped(
-    change: Callable[[nn.Module], None], backend: str
+    change: Callable[[nn.Module], Callable[[], object]],
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Once: the next calls of a model that fell back launch nothing ahead."""
     model = zoo.build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     plain = copy.deepcopy(model)
     encoder_fast.patch(model, backend, cuda_graphs=True)
@@ -161,11 +166,18 @@ def test_what_was_launched_for_another_model_is_dropped(
     with torch.inference_mode():
         for _ in range(2):
             model(**call)
-        change(model)
+        undo = change(model)
         change(plain)
-        assert torch.equal(model(**call)[0], plain(**call)[0])
-    assert graphs_of(model)[:2] == (1, 1)
-    assert len(encoder_fast.report(model).fallbacks) == 1
+        launched: list[str] = []
+        note(monkeypatch, cache.GraphCache, "_replay", launched)
+        for _ in range(3):
+            assert torch.equal(model(**call)[0], plain(**call)[0])
+        assert len(launched) == 1
+        undo()
+        for _ in range(2):
+            model(**call)
+    assert graphs_of(model)[:2] == (1, 3)
+    assert list(encoder_fast.report(model).fallbacks.values()) == [3]
 
 
 def test_an_edit_that_another_thread_has_seen_first(

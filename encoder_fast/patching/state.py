@@ -105,6 +105,8 @@ class EncoderState:
         self.graph_counts = GraphCounts() if cuda_graphs else None
         # Replaced as a whole: threads that race see one reading or another.
         self._reading: _Reading | None = None
+        # A model that fell back is likely to do so again, and a graph launched for it is in vain.
+        self._launches_ahead = True
 
     def __deepcopy__(self, memo: dict) -> EncoderState:
         return EncoderState(
@@ -264,9 +266,13 @@ class EncoderState:
     ) -> tuple[Tensor, PackedBatch]:
         """The last hidden state, packed, and how it is packed; see :func:`engine.encode`."""
         _check_mode(model, call)
-        ahead = None if collect is not None else self._launch(call, reads_first, first_token_alone)
+        ahead: _Ahead | None = None
+        if collect is None and self._launches_ahead:
+            ahead = self._launch(call, reads_first, first_token_alone)
+        self._launches_ahead = False
         reading = self._current_reading(model)
         _check_attention(model.config, reading.spec)
+        self._launches_ahead = True
         if ahead is not None and ahead.reading is reading:
             batch, replayed = ahead.batch, ahead.replayed
             assert reading.graphs is not None
