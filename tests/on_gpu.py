@@ -101,8 +101,9 @@ def dealt(items: Sequence[_Item], workers: int) -> list[_Item]:
     return [item for first in reversed(range(workers)) for item in items[first::workers]]
 
 
-def pytest_commands(groups: Sequence[str], arguments: Sequence[str]) -> list[list[str]]:
-    """In workers first, then one by one what needs a worker's memory many times."""
+def pytest_commands(groups: Sequence[str], arguments: Sequence[str]) -> dict[str, list[str]]:
+    """In workers first, then one by one what needs a worker's memory many times, if there is any:
+    to start pytest and collect takes 10 seconds."""
     names = [name for group in groups for name in (*GROUPS[group].marked, *GROUPS[group].whole)]
     files = [str(TESTS / f"{name}.py") for name in names]
     common = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "on_gpu_plugin"]
@@ -116,10 +117,13 @@ def pytest_commands(groups: Sequence[str], arguments: Sequence[str]) -> list[lis
     if find_spec("xdist"):
         stealing = find_spec("xdist.scheduler.worksteal") is not None
         parallel = [f"-n{workers()}", "--dist", "worksteal" if stealing else "load"]
-    return [
-        [*common, *parallel, "-m", "gpu and not large_memory", *arguments, *files],
-        [*common, "-m", "gpu and large_memory", *arguments, *files],
-    ]
+    large = [file for file in files if ".large_memory" in Path(file).read_text("utf-8")]
+    commands = {
+        "in workers": [*common, *parallel, "-m", "gpu and not large_memory", *arguments, *files]
+    }
+    if large:
+        commands["one by one"] = [*common, "-m", "gpu and large_memory", *arguments, *large]
+    return commands
 
 
 def main() -> int:
@@ -129,7 +133,7 @@ def main() -> int:
     path = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": path}
     ends = {}
-    for name, command in zip(("in workers", "one by one"), commands, strict=True):
+    for name, command in commands.items():
         process = subprocess.Popen(command, env=environment)
         try:
             status = process.wait()

@@ -118,7 +118,7 @@ def test_a_test_that_hangs_is_named_with_its_line(
     monkeypatch.setattr(on_gpu, "TEST_SECONDS", 6)
     (tmp_path / "torch.py").write_text(TORCH)
     body = "import time\ndef test_hangs():\n    time.sleep(60)\ndef test_ok(): pass\n"
-    command, _ = on_gpu.pytest_commands([], [])
+    command = on_gpu.pytest_commands([], [])["in workers"]
     limits = command[command.index("--tb=short") + 1 : command.index(f"-n{on_gpu.workers()}")]
     output = run_tests(tmp_path, body, "-n1", "-p", "pytest_timeout", *limits)
     assert "1 failed, 1 passed" in output, output
@@ -130,11 +130,19 @@ def test_the_last_line_tells_of_both_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A process that crashes alone has failed too."""
-    commands = [["true"], ["sh", "-c", "kill -SEGV $$"]]
+    commands = {"in workers": ["true"], "one by one": ["sh", "-c", "kill -SEGV $$"]}
     monkeypatch.setattr(on_gpu, "pytest_commands", lambda *_: commands)
     monkeypatch.setattr(sys, "argv", ["on_gpu.py"])
     assert on_gpu.main() == 11
     assert capsys.readouterr().out == "in workers: all passed; one by one: status -11\n"
+
+
+def test_only_files_with_large_tests_are_collected_again() -> None:
+    commands = on_gpu.pytest_commands(["kernels"], [])
+    files = [word for word in commands["one by one"] if word.endswith(".py")]
+    assert files and len(files) < len(on_gpu.GROUPS["kernels"].whole)
+    assert all("@pytest.mark.large_memory" in Path(file).read_text() for file in files)
+    assert list(on_gpu.pytest_commands(["models"], [])) == ["in workers"]
 
 
 def test_files_that_are_named_exist() -> None:
@@ -148,9 +156,8 @@ def selected() -> list[str]:
     """The tests of the whole run as a machine with an H100 would collect them."""
     if torch.cuda.is_available():
         pytest.skip("a GPU is used, not faked")
-    command, _ = on_gpu.pytest_commands(
-        list(on_gpu.GROUPS), ["--collect-only", "-q", "-n0", "-m", "gpu"]
-    )
+    arguments = ["--collect-only", "-q", "-n0", "-m", "gpu"]
+    command = on_gpu.pytest_commands(list(on_gpu.GROUPS), arguments)["in workers"]
     return [line for line in on_a_faked_card(command).splitlines() if "::" in line]
 
 
