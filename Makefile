@@ -52,7 +52,7 @@ test: lint $(RXNFP) $(GENSIM) $(CUDA) ## Linters, types and the whole test suite
 	@ENCODER_FAST_TEST_WHEELS="$(abspath $(WHEELS))" OMP_NUM_THREADS=1 \
 		$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-test-gpu: in-tree ## On an NVIDIA GPU, what matters there, under 2 minutes (ARGS="kernels -k …")
+test-gpu: in-tree ## On an NVIDIA GPU, what matters there, 2 minutes, predicted (ARGS="kernels -k …")
 	@$(ON_GPU) $(PYTHON) tests/on_gpu.py $(ARGS)
 
 # Each in a copy of the tree; a table goes where --out says.

@@ -33,6 +33,7 @@ busiest other unit: a kernel takes that long if its products never overlap with 
   `ldmatrix` of four has 512), what asynchronous copies write, and what `wgmma` reads, A of 64 rows
   and B of N columns, each 16 deep. Shuffles may go the same way; they are listed by themselves.
 - `issue` is all instructions, one a clock for each of the four parts of a multiprocessor.
+- `pack_mask` and the list of attention's tiles are left out: they move less than a megabyte.
 - The table knows no latencies, waits, bank conflicts, caches or launches. It takes the last wave of
   blocks for a full one.
 - Times are for {tokens:,} tokens, {heads} heads and bfloat16. `memory` is each byte moved once, at
