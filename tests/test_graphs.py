@@ -392,6 +392,34 @@ def test_inside_a_graph_of_the_caller() -> None:
     assert "the caller records a CUDA graph of its own" in graphs_of(model)[2]
 
 
+@pytest.mark.gpu
+def test_beside_a_graph_of_the_caller() -> None:
+    """Recorded on a stream that the model was used on, while its weights change."""
+    model = encoder_fast.patch(zoo.build("deberta_v2"))
+    ids = call_of(model, [16, 16])["input_ids"]
+    side, graph, x = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.ones(8, device="cuda")
+    with torch.inference_mode():
+        before = model(ids)[0]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            model(ids)
+        with torch.no_grad():
+            model.encoder.layer[0].attention.self.key_proj.weight.mul_(2)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            graph.capture_begin(capture_error_mode="relaxed")
+            doubled = x + x
+        try:
+            during = model(ids)[0]
+        finally:
+            with torch.cuda.stream(side):
+                graph.capture_end()
+        graph.replay()
+        after = model(ids)[0]
+    assert torch.equal(during, after) and (during - before).abs().max() > 1e-3
+    assert torch.equal(doubled, 2 * x)
+
+
 def test_buckets_hold_their_batches_and_waste_little() -> None:
     for total in (*range(1, 700), 1000, 4095, 4096, 4097, 8816):
         found = Bucket.of(pack_lengths([total]))
