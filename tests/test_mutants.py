@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from mutants.runner import ROOT, Mutant, read_mutants, run
+from mutants.runner import ROOT, Mutant, Table, read_mutants, run
 
 MUTANTS = read_mutants()
 if not (ROOT / "csrc").is_dir():
@@ -40,6 +40,14 @@ def test_every_mutants_tests_are_there() -> None:
         for argument in mutant.tests.split():
             if argument.startswith("tests/"):
                 assert (ROOT / argument.split("::")[0]).exists(), mutant.name
+
+
+def test_the_table_tells_of_mutants_as_they_are() -> None:
+    """Else `make mutants ARGS="--out docs/mutants.md --missing"`."""
+    table = Table(ROOT / "docs/mutants.md", MUTANTS, ROOT)
+    assert set(table.rows) <= {mutant.name for mutant in MUTANTS}
+    wrong = [m.name for m in MUTANTS if m.name in table.rows and not table.is_right(m)]
+    assert not wrong
 
 
 CODE = """
@@ -93,6 +101,10 @@ def test_the_runner(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "survives: the same for integers",
         "BROKEN: pytest ended with 2",
     ]
+    table = Table(out, mutants, tree)
+    assert [table.is_right(each) for each in mutants] == [True, False, True, False]
+    edited = mutant("caught", "> 5", "> 3")
+    assert not table.is_right(edited)
     assert rows[0][1:3] == ["code_under_test.py", "`` while x > 5: `` → `` while x > 4: ``"]
 
     # The rows of what is not run again stay.

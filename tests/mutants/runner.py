@@ -8,7 +8,8 @@ without it. A mutant that survives is a hole in the tests, unless it says why it
 status is 0 only if every mutant that was run is caught, or survives as it says.
 
 With --out the table is written after each mutant, and rows of mutants that are not run stay. So a
-run may be cut at any moment, and goes on with --missing.
+run may be cut at any moment, and goes on with --missing. That runs mutants without a row, those that
+were edited since, and those whose result is not as it should be.
 """
 
 from __future__ import annotations
@@ -236,6 +237,13 @@ class Table:
             lines = [x for x in path.read_text("utf-8").splitlines() if x.startswith("| `")]
             self.rows = {line.split(" | ")[0].strip("| `"): line for line in lines}
 
+    def is_right(self, mutant: Mutant) -> bool:
+        """Whether there is a row of the mutant as it is, with the result that it should have."""
+        file, before, after = mutant.change(self.root)
+        result = "survives: " if mutant.survives else "caught by "
+        row = self.rows.get(mutant.name, "")
+        return f" | {file} | {before} → {after} | {result}" in row
+
     def add(self, mutant: Mutant, outcome: Outcome) -> None:
         file, before, after = mutant.change(self.root)
         cells = (f"`{mutant.name}`", file, f"{before} → {after}", outcome.result, mutant.why)
@@ -290,7 +298,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for a mutant")
     parser.add_argument("--out", type=Path, help="a file for the table")
-    parser.add_argument("--missing", action="store_true", help="those not in that table yet")
+    parser.add_argument("--missing", action="store_true", help="those that it has no good row of")
     arguments = parser.parse_args()
 
     def interrupt(*_: object) -> None:
@@ -312,8 +320,8 @@ def main() -> int:
         )
     ]
     if arguments.missing:
-        there = Table(arguments.out, mutants, ROOT).rows
-        selected = [mutant for mutant in selected if mutant.name not in there]
+        table = Table(arguments.out, mutants, ROOT)
+        selected = [mutant for mutant in selected if not table.is_right(mutant)]
     options = {"jobs": arguments.jobs, "limit": arguments.limit, "out": arguments.out}
     return run(ROOT, mutants, selected, **options)
 
