@@ -8,8 +8,8 @@ without it. A mutant that survives is a hole in the tests, unless it says why it
 status is 0 only if every mutant that was run is caught, or survives as it says.
 
 With --out the table is written after each mutant, and rows of mutants that are not run stay. So a
-run may be cut at any moment, and goes on with --missing. That runs mutants without a row, those that
-were edited since, and those whose result is not as it should be.
+run may be cut at any moment, and goes on with --missing. That runs mutants without a row, those
+that were edited since, and those whose result is not as it should be.
 """
 
 from __future__ import annotations
