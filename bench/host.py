@@ -103,7 +103,7 @@ def parts_of(model: Any, call: dict[str, Tensor]) -> dict[str, Callable[[], Any]
         "was the graph right": lambda: graphs.confirm(replayed),
         "arguments": lambda: steps.read_arguments(state.original, model.config, (), call),
         "mode": lambda: steps._check_mode(model, arguments),
-        "attention implementation": lambda: steps._check_attention(model.config, spec),
+        "attention implementation": lambda: reading.check_attention(model.config),
         "tensors and mask": lambda: steps.pack_call(arguments, spec, backend, True),
         "packing, launching, copying out": lambda: graphs.replay_ahead(inputs, False),
         "unpacking": lambda: batch.unpack(hidden),

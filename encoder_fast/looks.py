@@ -7,10 +7,16 @@ as long. Answers are for comparisons with earlier ones alone.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from encoder_fast.backends.cpu_kernels import INTERFACE
 
 
 def _load() -> Any:
@@ -18,13 +24,16 @@ def _load() -> Any:
         extension = importlib.import_module("encoder_fast._cpu")
     except ImportError:
         return None
-    return extension if hasattr(extension, "are_quiet") else None
+    return extension if getattr(extension, "INTERFACE", None) == INTERFACE else None
 
 
 _extension = _load()
 
 # PyTorch has it from 2.11 on.
 _exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+# What a module keeps in dictionaries of their own.
+_KEPT = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 Edge = tuple[dict[str, Any], str, nn.Module, type, dict[str, Any], int]
 """The children of a parent, a name among them, the child, its class, its children, their number."""
@@ -36,7 +45,80 @@ def are_quiet(edges: list[Edge]) -> bool:
     return _extension is not None and _extension.are_quiet(edges)
 
 
-def places_of(tensors: list[Tensor | None]) -> object:
+class Watch:
+    """Tells when a model's modules may have changed: their attributes, parameters, buffers,
+    children and hooks, their classes and the forwards of these, and the hooks of all modules.
+
+    CPython before 3.13 gives a dictionary a new number at every change, so that one pass over these
+    numbers replaces reading what the dictionaries hold. Where there are no numbers, everything may
+    have changed in every call.
+    """
+
+    def __init__(self, owner: nn.Module, objects: list[Any]) -> None:
+        """
+        Args:
+            owner: the model. It is not kept alive.
+            objects: its modules and whatever else with a dictionary belongs to it.
+        """
+        self._objects = objects
+        # Replaced as a whole, since threads look at the same time.
+        self._seen = self._read(owner)
+
+    @property
+    def mark(self) -> object:
+        """What the last :meth:`look` gave, of whatever thread."""
+        return self._seen.mark
+
+    def look(self, owner: nn.Module) -> object:
+        """An object that stays the same until something may have changed. What is read of the
+        modules afterwards may be taken for granted as long as it does."""
+        seen = self._seen
+        if (
+            not seen.numbers
+            or not _extension.have_numbers(self._objects, seen.dictionaries, owner, seen.numbers)
+            or any(cls.forward is not forward for cls, forward in seen.forwards)
+        ):
+            self._seen = seen = self._read(owner)
+        return seen.mark
+
+    def _read(self, owner: nn.Module) -> _Seen:
+        if not hasattr(_extension, "numbers_of"):
+            return _Seen(b"", [], [], object())
+        before = _extension.numbers_of(self._objects, [], owner)
+        classes = dict.fromkeys(map(type, self._objects))
+        forwards = [(cls, cls.forward) for cls in classes if hasattr(cls, "forward")]
+        dictionaries = list(self._dictionaries(owner))
+        numbers = _extension.numbers_of(self._objects, dictionaries, owner)
+        # If not, another thread has just put a dictionary in another's place.
+        are_these = numbers.startswith(before)
+        return _Seen(numbers if are_these else b"", dictionaries, forwards, object())
+
+    def _dictionaries(self, owner: nn.Module) -> Iterator[dict]:
+        yield torch_module._global_forward_hooks
+        yield torch_module._global_forward_pre_hooks
+        yield owner._modules
+        for one in self._objects:
+            state = one.__dict__
+            yield from (state[name] for name in _KEPT if isinstance(state.get(name), dict))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a :class:`Watch` saw: the numbers of its objects' own dictionaries and of further ones,
+    empty where there are none, and the classes' forwards."""
+
+    numbers: bytes
+    dictionaries: list[dict]
+    forwards: list[tuple[Any, Any]]
+    mark: object
+
+
+def are_same(objects: list[Any], others: list[Any]) -> bool:
+    """Whether two lists hold the very same objects."""
+    return objects is others or (len(objects) == len(others) and all(map(is_, objects, others)))
+
+
+def places_of(tensors: Sequence[Tensor | None]) -> object:
     """Which memory each tensor is, and how it reads it; ``None`` stands for no tensor."""
     if _extension is not None and _exchange is not None:
         found = _extension.places_of(tensors, _exchange, nn.Parameter, Tensor)
@@ -48,7 +130,14 @@ def places_of(tensors: list[Tensor | None]) -> object:
     ]
 
 
-def versions_of(tensors: list[Tensor | None]) -> object | None:
+def have_places(tensors: Sequence[Tensor | None], known: object) -> bool:
+    """Whether :func:`places_of` would give the ``known`` ones again."""
+    if isinstance(known, bytes):
+        return _extension.have_places(tensors, _exchange, nn.Parameter, Tensor, known)
+    return places_of(tensors) == known
+
+
+def versions_of(tensors: Sequence[Tensor | None]) -> object | None:
     """How often autograd saw each tensor change; in a list with ``None`` for those where nobody
     counts, if there are any."""
     if _extension is not None:
@@ -56,6 +145,13 @@ def versions_of(tensors: list[Tensor | None]) -> object | None:
         if found:
             return found
     return [0 if t is None else None if t.is_inference() else t._version for t in tensors]
+
+
+def have_versions(tensors: Sequence[Tensor | None], known: object) -> bool:
+    """Whether :func:`versions_of` would give the ``known`` ones again."""
+    if isinstance(known, bytes):
+        return _extension.have_versions(tensors, torch.Tensor._version, known)
+    return versions_of(tensors) == known
 
 
 def is_in_doubt(versions: object) -> bool:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from operator import is_
 from threading import Lock
 from typing import Any
 
@@ -33,7 +32,15 @@ from torch import Tensor, nn
 
 from encoder_fast.errors import NotFastError
 from encoder_fast.fingerprints import Samples, checksum_of_all
-from encoder_fast.looks import is_in_doubt, places_of, versions_of
+from encoder_fast.looks import (
+    Watch,
+    are_same,
+    have_places,
+    have_versions,
+    is_in_doubt,
+    places_of,
+    versions_of,
+)
 from encoder_fast.ops import linear
 from encoder_fast.ops.linear import PreparedFeedForward, PreparedLinear
 from encoder_fast.position_tables import project_positions, row_of_distance
@@ -97,7 +104,7 @@ class Look:
     def finds_same_tensors(self, other: Look) -> bool:
         """Whether everything is what and where it was, whatever it holds."""
         return (
-            all(map(is_, self.tensors, other.tensors))
+            are_same(self.tensors, other.tensors)
             and self.places == other.places
             and self.table_epsilon == other.table_epsilon
         )
@@ -138,8 +145,14 @@ class _Live:
 class WeightCache:
     """The prepared weights of one encoder on one backend. Safe to share between threads."""
 
-    def __init__(self, spec: EncoderSpec, backend: str) -> None:
+    def __init__(self, spec: EncoderSpec, backend: str, watch: Watch | None = None) -> None:
+        """
+        Args:
+            watch: of the modules, looked at ahead of each call, tells when to read them again;
+                without it they are read each time.
+        """
         self._backend = backend
+        self._watch = watch
         self._projection = spec.embeddings.projection
         self._layers = spec.layers
         # ALBERT runs one layer many times: its weights are prepared once.
@@ -154,6 +167,7 @@ class WeightCache:
         copied = prepared if backend == "cpu" else derived_from
         self._counted = sum(len(names) for _, names in copied)
         self._unprepared = spec.tables_and_norms
+        self._found: tuple[object, list[Tensor | None]] | None = None
         # Replaced as a whole: threads that race see one complete state or another.
         self._copied: _Copied | None = None
         self._live: _Live | None = None
@@ -234,14 +248,32 @@ class WeightCache:
         Raises:
             NotFastError: a weight is no parameter.
         """
-        look = self._look()
+        return self._finds(seen) and not is_in_doubt(seen.versions)
+
+    def _finds(self, seen: Look) -> bool:
+        """Whether a look would find what was ``seen``, without writing it down."""
+        tensors = self._tensors()
         return (
-            look.finds_same_tensors(seen)
-            and look.versions == seen.versions
-            and not is_in_doubt(look.versions)
+            are_same(tensors, seen.tensors)
+            and self._table_epsilon() == seen.table_epsilon
+            and have_places(tensors, seen.places)
+            and have_versions(tensors[: self._counted], seen.versions)
         )
 
     def _look(self) -> Look:
+        tensors = self._tensors()
+        versions = versions_of(tensors[: self._counted])
+        return Look(tensors, places_of(tensors), versions, self._table_epsilon())
+
+    def _table_epsilon(self) -> float | None:
+        norm = None if self._positions is None else self._positions.norm
+        return None if norm is None else epsilon(norm)
+
+    def _tensors(self) -> list[Tensor | None]:
+        """The weights that the modules have now, those that are prepared at the front."""
+        found, mark = self._found, None if self._watch is None else self._watch.mark
+        if found is not None and mark is not None and found[0] is mark:
+            return found[1]
         try:
             tensors = [module._parameters[name] for module, name in self._prepared]
         except KeyError:
@@ -250,26 +282,24 @@ class WeightCache:
             raise NotFastError(reason) from None
         for module in self._unprepared:
             tensors += module._parameters.values()
-        norm = None if self._positions is None else self._positions.norm
-        eps = None if norm is None else epsilon(norm)
-        versions = versions_of(tensors[: self._counted])
-        return Look(tensors, places_of(tensors), versions, eps)
+        self._found = mark, tensors
+        return tensors
 
     def _verified(self, like: Tensor, tokens: int) -> EncoderWeights:
-        known, look = self._copied, self._look()
+        known = self._copied
         self._tokens += tokens
         full_look = self._tokens >= FULL_LOOK_TOKENS
         if full_look:
             self._tokens = 0
-        sources = [tensor for tensor in look.tensors[: len(self._prepared)] if tensor is not None]
         if (
             known is not None
-            and look.finds_same_tensors(known.look)
-            and look.versions == known.look.versions
+            and self._finds(known.look)
             and known.samples.are_unchanged()
-            and (not full_look or known.checksum == checksum_of_all(sources))
+            and (not full_look or known.checksum == checksum_of_all(self._sources(known.look)))
         ):
             return known.weights
+        look = self._look()
+        sources = self._sources(look)
         _check_all(look.tensors, like)
         # The looks come first: an edit by another thread while the copies are made is then noticed
         # at the next call.
@@ -279,25 +309,25 @@ class WeightCache:
         return weights
 
     def _rewritten(self, like: Tensor, tokens: int) -> EncoderWeights:
-        live, look = self._live, self._look()
+        live = self._live
         self._tokens += tokens
-        if live is not None and look.finds_same_tensors(live.look):
-            if (
-                look.versions == live.look.versions
-                and not is_in_doubt(look.versions)
-                and self._tokens < REWRITE_TOKENS
-            ):
-                if live.order is not None:
-                    live.order.before_reading()
-                return live.weights
-            if self._write(live):
-                live.look = look
-                self._tokens = 0
-                return live.weights
-        _check_all(look.tensors, like)
-        self._live = live = self._prepare_live(look)
+        if live is not None and self._tokens < REWRITE_TOKENS and self.still_holds(live.look):
+            if live.order is not None:
+                live.order.before_reading()
+            return live.weights
+        # Ahead of what is derived: an edit by another thread meanwhile shows at the next call.
+        look = self._look()
+        if live is not None and look.finds_same_tensors(live.look) and self._write(live):
+            live.look = look
+        else:
+            _check_all(look.tensors, like)
+            self._live = live = self._prepare_live(look)
         self._tokens = 0
         return live.weights
+
+    def _sources(self, look: Look) -> list[Tensor]:
+        """What is prepared, of what was found."""
+        return [tensor for tensor in look.tensors[: len(self._prepared)] if tensor is not None]
 
     def _prepare_live(self, look: Look) -> _Live:
         memory = tuple(tensor.detach() for tensor in look.tensors if tensor is not None)

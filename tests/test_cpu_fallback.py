@@ -240,7 +240,7 @@ def test_a_processor_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         sys.modules,
         "encoder_fast._cpu",
-        SimpleNamespace(best_isa=lambda: 0, INTERFACE=cpu_kernels._INTERFACE),
+        SimpleNamespace(best_isa=lambda: 0, INTERFACE=cpu_kernels.INTERFACE),
     )
     assert cpu_kernels._load() == (None, "this processor lacks AVX2, FMA or F16C")
 

@@ -1,8 +1,9 @@
 """Every family: the same numbers under each head, dtype and mask, and the same model."""
 
 import copy
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 import zoo
 from berts import DEVICE, DTYPES, inputs
 from kernel_backends import model_backends
+from torch import nn
 
 import encoder_fast
 
@@ -75,6 +77,30 @@ def test_no_head_is_missing() -> None:
         has = {name.removeprefix(prefix) for name in known if re.match(f"{prefix}For[A-Z]", name)}
         # test_parity_bert has it
         assert has - {"ForCausalLM", "ForNextSentencePrediction"} == set(heads) - {"Model"}, family
+
+
+def modules_in(part: object) -> Iterator[nn.Module]:
+    """The modules that a spec names."""
+    if isinstance(part, nn.Module):
+        yield part
+    elif isinstance(part, tuple):
+        yield from (module for one in part for module in modules_in(one))
+    elif dataclasses.is_dataclass(part):
+        for each in dataclasses.fields(part):
+            yield from modules_in(getattr(part, each.name))
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_every_module_of_a_spec_is_watched(family: str) -> None:
+    """What is kept of them while nothing in the stack changes would else go on being used."""
+    model = encoder_fast.patch(zoo.build(family), "reference", strict=True)
+    with torch.inference_mode():
+        model(**call_for(family, "Model", "none"))
+    reading = model.__dict__["_encoder_fast"]._reading
+    named = {id(module): module for module in modules_in(reading.spec)}
+    watched = set(map(id, reading.stack.watch._objects))
+    assert len(named) > 10
+    assert [type(m).__name__ for key, m in named.items() if key not in watched] == []
 
 
 SIZES = {

@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string_view>
+
 #include "cpu/add_layer_norm.h"
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
@@ -54,15 +56,32 @@ bool bind_same_bytes(Address runs, int64_t count, Address expected) {
     return same_bytes(static_cast<const Run*>(pointer(runs)), count, pointer(expected));
 }
 
-bool bind_are_quiet(pybind11::list edges) { return are_quiet(edges.ptr()); }
-
-pybind11::bytes bind_places_of(pybind11::list tensors, pybind11::object api, pybind11::object type,
-                               pybind11::object other_type) {
-    return places_of(tensors.ptr(), api.ptr(), type.ptr(), other_type.ptr());
-}
-
-pybind11::bytes bind_versions_of(pybind11::list tensors, pybind11::object descriptor) {
-    return versions_of(tensors.ptr(), descriptor.ptr());
+void bind_looks(pybind11::module_& m) {
+    using List = pybind11::list;
+    using Object = pybind11::object;
+    using Known = std::string_view;
+    m.def("are_quiet", [](List edges) { return are_quiet(edges.ptr()); });
+#ifdef ENCODER_FAST_DICT_NUMBERS
+    m.def("numbers_of", [](List objects, List dicts, Object owner) {
+        return pybind11::bytes(numbers_of(objects.ptr(), dicts.ptr(), owner.ptr()));
+    });
+    m.def("have_numbers", [](List objects, List dicts, Object owner, Known known) {
+        return have_numbers(objects.ptr(), dicts.ptr(), owner.ptr(), known);
+    });
+#endif
+    m.def("places_of", [](List tensors, Object api, Object type, Object other_type) {
+        return pybind11::bytes(
+            places_of(tensors.ptr(), api.ptr(), type.ptr(), other_type.ptr()));
+    });
+    m.def("have_places", [](List tensors, Object api, Object type, Object other_type, Known known) {
+        return have_places(tensors.ptr(), api.ptr(), type.ptr(), other_type.ptr(), known);
+    });
+    m.def("versions_of", [](List tensors, Object descriptor) {
+        return pybind11::bytes(versions_of(tensors.ptr(), descriptor.ptr()));
+    });
+    m.def("have_versions", [](List tensors, Object descriptor, Known known) {
+        return have_versions(tensors.ptr(), descriptor.ptr(), known);
+    });
 }
 
 }  // namespace
@@ -72,12 +91,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("attention_workspace", attention_workspace);
     m.def("add_layer_norm", bind_add_layer_norm);
     m.def("same_bytes", bind_same_bytes);
-    m.def("are_quiet", bind_are_quiet);
-    m.def("places_of", bind_places_of);
-    m.def("versions_of", bind_versions_of);
+    bind_looks(m);
     m.def("best_isa", [] { return static_cast<int>(best_isa()); });
     // To be changed with what any of these takes or gives; cpu_kernels.py knows it too.
-    m.attr("INTERFACE") = 3;
+    m.attr("INTERFACE") = 4;
     m.attr("BIAS_BEYOND") = kBiasBeyond;
     m.attr("MAX_WIDTH") = kMostWidth;
 }

@@ -1,6 +1,7 @@
 #include "cpu/objects.h"
 
 #include <cstdint>
+#include <cstring>
 
 namespace encoder_fast::cpu {
 namespace {
@@ -32,9 +33,145 @@ struct ExchangeApi {
 
 constexpr uint32_t kMajor = 1;
 
-template <typename T>
-void append(std::string& bytes, const T* first, int64_t count = 1) {
-    bytes.append(reinterpret_cast<const char*>(first), count * sizeof(T));
+// What places_of writes of a tensor, ahead of sizes and strides. Compared byte by byte: no padding.
+struct Place {
+    PyObject* type;
+    char* data;
+    int32_t device_type, device_id;
+    uint8_t type_code, type_bits;
+    uint16_t type_lanes;
+    int32_t dims;
+};
+static_assert(sizeof(Place) == 2 * sizeof(void*) + 16);
+
+// Where what is found goes: into a string, or beside what was found before.
+class Writer {
+public:
+    explicit Writer(std::string& bytes) : bytes_(bytes) {}
+    bool put(const void* first, size_t size) {
+        bytes_.append(static_cast<const char*>(first), size);
+        return true;
+    }
+
+private:
+    std::string& bytes_;
+};
+
+class Comparer {
+public:
+    explicit Comparer(std::string_view known) : known_(known) {}
+    bool put(const void* first, size_t size) {
+        if (known_.size() < size || std::memcmp(known_.data(), first, size) != 0) return false;
+        known_.remove_prefix(size);
+        return true;
+    }
+    bool is_at_end() const { return known_.empty(); }
+
+private:
+    std::string_view known_;
+};
+
+template <typename Sink, typename T>
+bool put(Sink& sink, const T* first, int64_t count = 1) {
+    return sink.put(first, count * sizeof(T));
+}
+
+// What `find` puts into a sink; empty if it gave up.
+template <typename Find>
+std::string written(Find find) {
+    std::string bytes;
+    Writer writer(bytes);
+    if (!find(writer)) bytes.clear();
+    PyErr_Clear();
+    return bytes;
+}
+
+// Whether `find` would write just this.
+template <typename Find>
+bool equals(std::string_view known, Find find) {
+    Comparer comparer(known);
+    const bool is_equal = find(comparer) && comparer.is_at_end();
+    PyErr_Clear();
+    return is_equal;
+}
+
+#ifdef ENCODER_FAST_DICT_NUMBERS
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+template <typename Sink>
+bool put_number(Sink& sink, PyObject* dict) {
+    return put(sink, &reinterpret_cast<PyDictObject*>(dict)->ma_version_tag);
+}
+#pragma GCC diagnostic pop
+
+template <typename Sink>
+bool find_numbers(Sink& sink, PyObject* objects, PyObject* dicts, PyObject* owner) {
+    const Py_ssize_t object_count = PyList_GET_SIZE(objects);
+    for (Py_ssize_t i = 0; i <= object_count; ++i) {
+        PyObject* object = i < object_count ? PyList_GET_ITEM(objects, i) : owner;
+        PyObject* dict = PyObject_GenericGetDict(object, nullptr);
+        if (dict == nullptr) return false;
+        const void* const identity[] = {Py_TYPE(object), dict};
+        const bool goes_on =
+            PyDict_Check(dict) && put(sink, identity, 2) && put_number(sink, dict);
+        Py_DECREF(dict);
+        if (!goes_on) return false;
+    }
+    const Py_ssize_t dict_count = PyList_GET_SIZE(dicts);
+    for (Py_ssize_t i = 0; i < dict_count; ++i) {
+        if (!put_number(sink, PyList_GET_ITEM(dicts, i))) return false;
+    }
+    return true;
+}
+#endif
+
+template <typename Sink>
+bool find_places(Sink& sink, PyObject* tensors, PyObject* capsule, PyObject* type,
+                 PyObject* other_type) {
+    const auto* api =
+        static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    if (api == nullptr || api->major != kMajor || api->view_object == nullptr) return false;
+    const Py_ssize_t count = PyList_GET_SIZE(tensors);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        PyObject* tensor = PyList_GET_ITEM(tensors, i);
+        PyObject* its_type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+        if (tensor == Py_None) {
+            if (!put(sink, &its_type)) return false;
+            continue;
+        }
+        TensorView view{};
+        // Of another type, a tensor need not have memory at all.
+        if ((its_type != type && its_type != other_type) || api->view_object(tensor, &view) != 0) {
+            return false;
+        }
+        const Place place{its_type, static_cast<char*>(view.data) + view.byte_offset,
+                          view.device_type, view.device_id, view.type_code, view.type_bits,
+                          view.type_lanes, view.dims};
+        if (!put(sink, &place) || !put(sink, view.sizes, view.dims) ||
+            !put(sink, view.strides, view.dims)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+template <typename Sink>
+bool find_versions(Sink& sink, PyObject* tensors, PyObject* descriptor) {
+    const descrgetfunc read = Py_TYPE(descriptor)->tp_descr_get;
+    if (read == nullptr) return false;
+    const Py_ssize_t count = PyList_GET_SIZE(tensors);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        PyObject* tensor = PyList_GET_ITEM(tensors, i);
+        int64_t version = -1;
+        if (tensor != Py_None) {
+            PyObject* number = read(descriptor, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
+            version = number == nullptr ? -1 : PyLong_AsLongLong(number);
+            Py_XDECREF(number);
+            if (version < 0) return false;
+        }
+        if (!put(sink, &version)) return false;
+    }
+    return true;
 }
 
 bool is_empty(PyObject* dict) {
@@ -74,61 +211,32 @@ bool are_quiet(PyObject* edges) {
     return true;
 }
 
-std::string places_of(PyObject* tensors, PyObject* capsule, PyObject* type, PyObject* other_type) {
-    const auto* api =
-        static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-    if (api == nullptr || api->major != kMajor || api->view_object == nullptr) {
-        PyErr_Clear();
-        return {};
-    }
-    std::string bytes;
-    const Py_ssize_t count = PyList_GET_SIZE(tensors);
-    bytes.reserve(count * (sizeof(void*) + sizeof(TensorView) + 4 * sizeof(int64_t)));
-    for (Py_ssize_t i = 0; i < count; ++i) {
-        PyObject* tensor = PyList_GET_ITEM(tensors, i);
-        PyObject* its_type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-        append(bytes, &its_type);
-        if (tensor == Py_None) continue;
-        TensorView view{};
-        // Of another type, a tensor need not have memory at all.
-        if ((its_type != type && its_type != other_type) || api->view_object(tensor, &view) != 0) {
-            PyErr_Clear();
-            return {};
-        }
-        append(bytes, &view.data);
-        append(bytes, &view.byte_offset);
-        append(bytes, &view.device_type);
-        append(bytes, &view.device_id);
-        append(bytes, &view.dims);
-        append(bytes, &view.type_code);
-        append(bytes, &view.type_bits);
-        append(bytes, view.sizes, view.dims);
-        append(bytes, view.strides, view.dims);
-    }
-    return bytes;
+#ifdef ENCODER_FAST_DICT_NUMBERS
+std::string numbers_of(PyObject* objects, PyObject* dicts, PyObject* owner) {
+    return written([&](auto& sink) { return find_numbers(sink, objects, dicts, owner); });
+}
+
+bool have_numbers(PyObject* objects, PyObject* dicts, PyObject* owner, std::string_view known) {
+    return equals(known, [&](auto& sink) { return find_numbers(sink, objects, dicts, owner); });
+}
+#endif
+
+std::string places_of(PyObject* tensors, PyObject* api, PyObject* type, PyObject* other_type) {
+    return written([&](auto& sink) { return find_places(sink, tensors, api, type, other_type); });
+}
+
+bool have_places(PyObject* tensors, PyObject* api, PyObject* type, PyObject* other_type,
+                 std::string_view known) {
+    return equals(known,
+                  [&](auto& sink) { return find_places(sink, tensors, api, type, other_type); });
 }
 
 std::string versions_of(PyObject* tensors, PyObject* descriptor) {
-    const descrgetfunc read = Py_TYPE(descriptor)->tp_descr_get;
-    if (read == nullptr) return {};
-    std::string bytes;
-    const Py_ssize_t count = PyList_GET_SIZE(tensors);
-    bytes.reserve(count * sizeof(int64_t));
-    for (Py_ssize_t i = 0; i < count; ++i) {
-        PyObject* tensor = PyList_GET_ITEM(tensors, i);
-        int64_t version = -1;
-        if (tensor != Py_None) {
-            PyObject* number = read(descriptor, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
-            version = number == nullptr ? -1 : PyLong_AsLongLong(number);
-            Py_XDECREF(number);
-            if (version < 0) {
-                PyErr_Clear();
-                return {};
-            }
-        }
-        append(bytes, &version);
-    }
-    return bytes;
+    return written([&](auto& sink) { return find_versions(sink, tensors, descriptor); });
+}
+
+bool have_versions(PyObject* tensors, PyObject* descriptor, std::string_view known) {
+    return equals(known, [&](auto& sink) { return find_versions(sink, tensors, descriptor); });
 }
 
 }  // namespace encoder_fast::cpu

@@ -31,8 +31,8 @@ _WIDEST_FLOATS, _WIDEST = 192, 1024
 # Sums of places stay within 31 bits.
 _MOST_TOKENS = 2**31 - 2**16
 
-# What the extension has under this name, if both are of the same sources.
-_INTERFACE = 3
+INTERFACE = 4
+"""What the extension has under this name, if both are of the same sources."""
 
 _LOG2_E = 1.4426950408889634
 
@@ -48,7 +48,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
     except ImportError as error:
         return None, f"the extension encoder_fast._cpu does not load: {error}"
-    if getattr(extension, "INTERFACE", None) != _INTERFACE:
+    if getattr(extension, "INTERFACE", None) != INTERFACE:
         return None, (
             "the extension encoder_fast._cpu was built from other sources; install encoder_fast "
             "anew"

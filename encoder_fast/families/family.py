@@ -20,7 +20,7 @@ def _call_pooler(model: Any, hidden: Tensor) -> Tensor:
 
 
 def facts(model: Any) -> tuple:
-    """What a spec was read from beside the modules of the stack: cheap to compare at each call."""
+    """What a spec was read from beside the modules of the stack and their buffers."""
     config, pooler = model.config, getattr(model, "pooler", None)
     return (
         getattr(config, "num_hidden_layers", None),
@@ -30,11 +30,6 @@ def facts(model: Any) -> tuple:
         type(pooler),
         getattr(type(pooler), "forward", None),
         getattr(pooler, "__dict__", {}).get("forward"),
-        *(
-            (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
-            for buffer in model.embeddings._buffers.values()
-            if buffer is not None
-        ),
     )
 
 
@@ -52,7 +47,9 @@ class Family:
             the reason where this particular model can't run fast.
         pool: from a model that has a pooler, and its last hidden state ``(B, S, N)``, to the pooled
             output. It calls the model's own modules, so that their hooks run.
-        facts: what a spec was read from beside the modules of the stack, to compare at each call.
+        facts: what a spec was read from beside the modules of the stack and their buffers. All
+            of it must come from attributes of the model, its configuration, its pooler and the
+            stack's modules: it is asked again only where one of these was written to.
         first_token_heads: the classes of models whose head reads column 0 of the hidden states
             and nothing else of them; each with the class of the child that does it, or ``None``
             where the model's own forward or the encoder's pooler does.

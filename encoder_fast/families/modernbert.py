@@ -45,14 +45,11 @@ def read(model: Any) -> EncoderSpec:
 
 
 def facts(model: Any) -> tuple:
-    """Which layers are local; and layers of transformers 4 share the angles of equal rotary
-    embeddings, so their buffers count."""
+    """Beside those of all families, which layers are local."""
     if _has_shared_rotary(model):
         kinds: list[Any] = [layer.attention_type for layer in model.layers]
     else:
-        buffers = [layer.attn.rotary_emb.inv_freq for layer in model.layers]
         kinds = [layer.attn.local_attention for layer in model.layers]
-        kinds += [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers]
     return (*family.facts(model), getattr(model.config, "local_attention", None), *kinds)
 
 

@@ -20,6 +20,7 @@ from encoder_fast.graphs.bucket import Bucket, linear_parameters, most_tokens
 from encoder_fast.graphs.counts import GraphCounts
 from encoder_fast.graphs.premises import Premises
 from encoder_fast.graphs.recorder import Recorder, Recording, RecordingFailedError
+from encoder_fast.looks import Watch
 from encoder_fast.packing import PackedBatch
 from encoder_fast.spec import EncoderSpec
 from encoder_fast.weights import EncoderWeights, Look, WeightCache
@@ -65,10 +66,15 @@ class GraphCache:
         spec: EncoderSpec,
         backend: str,
         weights: WeightCache,
+        watch: Watch,
         recorder: Recorder,
         counts: GraphCounts,
     ) -> None:
         """
+        Args:
+            watch: of the encoder's modules. Whoever asks for a graph has looked at it, and at the
+                buffers; a model with other ones gets another cache.
+
         Raises:
             UnsupportedModelError: the model can't be recorded.
         """
@@ -77,7 +83,7 @@ class GraphCache:
         self._weights = weights
         self._recorder = recorder
         self._counts = counts
-        self._premises = Premises(spec)
+        self._premises = Premises(spec, watch)
         self._parameters = linear_parameters(spec)
         self._held: _Held | None = None
         self._graphs: OrderedDict[_Key, _Graph] = OrderedDict()

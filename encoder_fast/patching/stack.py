@@ -1,34 +1,63 @@
 """Watching the modules whose arithmetic the engine takes over.
 
 The engine reads weights and calls none of these modules. So a hook, an adapter, a replaced layer,
-a replaced forward or training mode on one of them must be seen before each call; this costs a
-fraction of a microsecond a module. What a module keeps in plain attributes, its family knows.
+a replaced forward or training mode on one of them must be seen before each call. What a module
+keeps in plain attributes, its family knows.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from encoder_fast.errors import NotFastError
-from encoder_fast.looks import Edge, are_quiet
+from encoder_fast.families import Family
+from encoder_fast.looks import (
+    Edge,
+    Watch,
+    are_quiet,
+    are_same,
+    have_places,
+    have_versions,
+    places_of,
+    versions_of,
+)
 
 # transformers leaves these on layers once attentions were asked for; they do nothing on their own.
 _HARMLESS_HOOKS = "transformers.utils.output_capturing"
 
 
 class Stack:
-    """The subtree under some children of a model, as it was when it was read."""
+    """The subtree under some children of a model, and the facts of its family, as they were when it
+    was read.
 
-    def __init__(self, model: nn.Module, children: tuple[str, ...]) -> None:
+    Attributes:
+        watch: tells when something about them may have changed.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
         self._edges: list[Edge] = []
         self._forwards: dict[Any, Any] = {}
-        for name in children:
-            self._watch(model, name)
+        for name in family.stack:
+            self._add(model, name)
+        self._family = family
+        self._beside = _beside(model)
+        beside = [one for one in self._beside if one is not None]
+        modules = [child for _, _, child, *_ in self._edges]
+        self.watch = Watch(model, modules + beside)
+        self._facts = family.facts(model)
+        # A buffer that a module gets later is none that was read.
+        self._with_buffers = [module for module in modules if module._buffers]
+        self._buffers = self._its_buffers()
+        self._places, self._versions = places_of(self._buffers), versions_of(self._buffers)
+        self._approved: object = None
 
-    def _watch(self, parent: nn.Module, name: str) -> None:
+    def _its_buffers(self) -> list[Tensor | None]:
+        return [buffer for module in self._with_buffers for buffer in module._buffers.values()]
+
+    def _add(self, parent: nn.Module, name: str) -> None:
         child = parent._modules.get(name)
         if child is None:
             return
@@ -37,14 +66,29 @@ class Stack:
         self._edges.append((parent._modules, name, child, cls, children, len(children)))
         self._forwards[cls] = cls.forward
         for grandchild in child._modules:
-            self._watch(child, grandchild)
+            self._add(child, grandchild)
 
-    def is_unchanged(self) -> bool:
-        """Whether every module is still the one that was read, class and forward included.
+    def is_unchanged(self, model: nn.Module) -> bool:
+        """Whether everything is still what was read.
 
         Raises:
             NotFastError: something on a module wants to run or to be seen.
         """
+        mark = self.watch.look(model)
+        if mark is not self._approved:
+            if not (
+                self._holds_same_modules()
+                and are_same(self._beside, _beside(model))
+                and self._facts == self._family.facts(model)
+                and are_same(self._its_buffers(), self._buffers)
+            ):
+                return False
+            self._approved = mark
+        return have_places(self._buffers, self._places) and have_versions(
+            self._buffers, self._versions
+        )
+
+    def _holds_same_modules(self) -> bool:
         if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
             raise NotFastError("global module hooks are registered")
         for cls, forward in self._forwards.items():
@@ -66,6 +110,11 @@ class Stack:
             ):
                 _object(name, cls, state)
         return True
+
+
+def _beside(model: Any) -> list[Any]:
+    """What the facts of a family are read from beside the stack."""
+    return [model.config, getattr(model, "pooler", None)]
 
 
 def _object(name: str, cls: Any, state: dict[str, Any]) -> None:

@@ -37,14 +37,12 @@ NOT_FAST = object()
 """What :meth:`EncoderState.attempt` returns where the original forward has to run."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Reading:
     """The model as it was read, on the device where it was."""
 
-    family: Family
     owner: weakref.ref[nn.Module]
     forward: Any
-    facts: tuple
     spec: EncoderSpec
     stack: Stack
     device: torch.device
@@ -54,15 +52,26 @@ class _Reading:
     graphs: GraphCache | None
     sizes: set[tuple[int, torch.dtype]] = field(default_factory=set)
     """Those that this model has been computed in, where the backend has sizes."""
+    mark_of_attention: object = None
+    """Of the modules, when their attention was last found to be one that runs fast."""
 
     def still_holds(self, model: nn.Module, original: Any) -> bool:
         return (
             self.owner() is model
             and self.forward is original.forward
-            and self.stack.is_unchanged()
-            and self.facts == self.family.facts(model)
+            and self.stack.is_unchanged(model)
             and self.spec.embeddings.word.weight.device == self.device
         )
+
+    def check_attention(self, config: Any) -> None:
+        """
+        Raises:
+            NotFastError: the model was told to attend in another way.
+        """
+        mark = self.stack.watch.mark
+        if mark is not self.mark_of_attention:
+            _check_attention(config, self.spec)
+            self.mark_of_attention = mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,17 +157,15 @@ class EncoderState:
             reason = why_no_head_size(backend, head_size, op)
             if reason is not None:
                 raise UnsupportedModelError(reason)
-        stack = Stack(model, self.family.stack)
-        cache = WeightCache(spec, backend)
+        stack = Stack(model, self.family)
+        cache = WeightCache(spec, backend, stack.watch)
         graphs = None
         if self.graph_counts is not None:
             recorder = recorder_for(backend, device)
-            graphs = GraphCache(spec, backend, cache, recorder, self.graph_counts)
+            graphs = GraphCache(spec, backend, cache, stack.watch, recorder, self.graph_counts)
         reading = _Reading(
-            self.family,
             weakref.ref(model),
             self.original.forward,
-            self.family.facts(model),
             spec,
             stack,
             device,
@@ -271,7 +278,7 @@ class EncoderState:
             ahead = self._launch(call, reads_first, first_token_alone)
         self._launches_ahead = False
         reading = self._current_reading(model)
-        _check_attention(model.config, reading.spec)
+        reading.check_attention(model.config)
         self._launches_ahead = True
         if ahead is not None and ahead.reading is reading:
             batch, replayed = ahead.batch, ahead.replayed
@@ -356,7 +363,7 @@ class EncoderState:
             return reading
         try:
             reading = self.read(model)
-            reading.stack.is_unchanged()  # for its objections
+            reading.stack.is_unchanged(model)  # for its objections
             return reading
         except UnsupportedModelError as error:
             raise NotFastError(str(error)) from None
