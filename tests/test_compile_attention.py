@@ -11,6 +11,7 @@ import torch
 
 from bench.cost.triton_compile import (
     ARCHS,
+    HALF_ON,
     SHARED_LIMIT,
     CompiledKernel,
     LauncherCall,
@@ -27,6 +28,8 @@ from encoder_fast.kernels.attention import (
 )
 
 HEAD_DIMS = (16, 32, 64, 96, 128)
+# Heads of 16 and 96 have the tiles of 32 and 128, which take no less of a card.
+BOUNDS = (32, 64, 128)
 KINDS = ("plain", "biased", "local")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # float32 runs both ways that PyTorch's setting can ask for.
@@ -58,14 +61,21 @@ def launch_attention(
                 attention(q, k, v, cu_seqlens, length, 0.125, bias)
 
 
+def combinations(arch: int) -> Iterator[tuple[str, str, str, int]]:
+    """The kinds, dtypes, precisions and head sizes that are compiled for an architecture."""
+    head_dims = HEAD_DIMS if arch == 90 else BOUNDS
+    for kind, dtype, head_dim in product(KINDS, (HALF_ON[arch], "fp32"), head_dims):
+        for precision in PRECISIONS[dtype]:
+            yield kind, dtype, precision, head_dim
+
+
 def calls_for(arch: int) -> Iterator[LauncherCall]:
     function = "test_compile_attention:launch_attention"
-    for kind, dtype, head_dim in product(KINDS, DTYPES, HEAD_DIMS):
-        for precision in PRECISIONS[dtype]:
-            arguments = {"kind": kind, "dtype": dtype, "head_dim": head_dim}
-            yield LauncherCall(function, {**arguments, "precision": precision}, arch)
+    for kind, dtype, precision, head_dim in combinations(arch):
+        arguments = {"kind": kind, "dtype": dtype, "head_dim": head_dim}
+        yield LauncherCall(function, {**arguments, "precision": precision}, arch)
     # A bias may be float32 beside half precision.
-    arguments = {"kind": "biased", "dtype": "bf16", "head_dim": 64, "bias_dtype": "fp32"}
+    arguments = {"kind": "biased", "dtype": HALF_ON[arch], "head_dim": 64, "bias_dtype": "fp32"}
     yield LauncherCall(function, {**arguments, "precision": "highest"}, arch)
 
 
@@ -122,15 +132,17 @@ def launched(kernel: CompiledKernel) -> tuple[object, ...]:
 
 def shipped(arch: int) -> Iterator[tuple[object, ...]]:
     """The same of every configuration in the ladders."""
-    for dtype in DTYPES:
-        for precision in ("ieee", "tf32") if dtype == "fp32" else ("tf32",):
-            for head_dim in HEAD_DIMS:
-                which = (head_dim, DTYPES[dtype], SHARED_LIMIT[arch])
-                for kind in ("plain", "biased"):
-                    for _, config in sum(ladders(*which, kind == "biased"), ()):
-                        yield (kind, dtype, precision, head_dim, *asdict(config).values())
-                local = asdict(local_attention.choose_config(*which))
-                yield ("local", dtype, precision, head_dim, *local.values(), False, False)
+    of_triton = {"highest": "ieee", "high": "tf32"}
+    # In half precision as the launcher says it, where it has no meaning.
+    for kind, dtype, asked, head_dim in combinations(arch):
+        precision = of_triton[asked] if dtype == "fp32" else "tf32"
+        which = (head_dim, DTYPES[dtype], SHARED_LIMIT[arch])
+        if kind == "local":
+            local = asdict(local_attention.choose_config(*which))
+            yield (kind, dtype, precision, head_dim, *local.values(), False, False)
+        else:
+            for _, config in sum(ladders(*which, kind == "biased"), ()):
+                yield (kind, dtype, precision, head_dim, *asdict(config).values())
 
 
 @pytest.mark.slow
@@ -138,6 +150,20 @@ def shipped(arch: int) -> Iterator[tuple[object, ...]]:
 def test_every_configuration_is_launched(arch: int, launches: list[CompiledKernel]) -> None:
     here = {launched(k) for k in launches if k.arch == arch and not k.error}
     assert here == set(shipped(arch))
+
+
+def test_heads_of_other_sizes_have_the_same_tiles() -> None:
+    """Why those that are compiled on every architecture stand for all."""
+    for (head_dim, bound), dtype, shared_memory in product(
+        ((16, 32), (96, 128)), DTYPES.values(), set(SHARED_LIMIT.values())
+    ):
+        for biased in (False, True):
+            which = (dtype, shared_memory, biased)
+            assert ladders(head_dim, *which) == ladders(bound, *which)
+        which = (dtype, shared_memory)
+        assert local_attention.choose_config(head_dim, *which) == local_attention.choose_config(
+            bound, *which
+        )
 
 
 @pytest.mark.parametrize("biased", (False, True), ids=("plain", "biased"))

@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.cost.analysis import analyse
-from bench.cost.cuda_binary import CompiledKernel, cuobjdump, extension, read_kernels
+from bench.cost.cuda_binary import (
+    CompiledKernel,
+    compile_fatbin,
+    cuobjdump,
+    extension,
+    read_kernels,
+)
 from bench.cost.sass import Instruction
 from encoder_fast.backends.cuda_kernels import HEAD_SIZES, HEAD_SIZES_OF_OP
 
@@ -36,14 +41,24 @@ DISENTANGLED_KERNEL = re.compile(
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[CompiledKernel]:
+def resources() -> list[CompiledKernel]:
+    """What each kernel takes on both architectures, without its machine code."""
     assert BUILT is not None
-    return [kernel for kernel in read_kernels(BUILT) if kernel.arch in ARCHS]
+    return [kernel for kernel in read_kernels(BUILT, code=False) if kernel.arch in ARCHS]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[CompiledKernel]:
+    """With the machine code, on one architecture: nothing in csrc/ asks for which it is compiled,
+    and to disassemble takes as long as all other tests of this file. What the sources do on an
+    older card, tests/test_compile_cuda_attention.py reads for sm_89."""
+    assert BUILT is not None
+    return read_kernels(BUILT, arch=ARCHS[-1])
 
 
 @needs_the_extension
-def test_both_architectures_have_every_kernel(kernels: list[CompiledKernel]) -> None:
-    names = {arch: {k.name for k in kernels if k.arch == arch} for arch in ARCHS}
+def test_both_architectures_have_every_kernel(resources: list[CompiledKernel]) -> None:
+    names = {arch: {k.name for k in resources if k.arch == arch} for arch in ARCHS}
     assert names["sm_80"] == names["sm_90a"]
     rows = [m for m in map(ROW_KERNEL.search, names["sm_80"]) if m]
     assert {m[1] for m in rows} == {"float", "Half", "BFloat16"}
@@ -66,10 +81,10 @@ def test_both_architectures_have_every_kernel(kernels: list[CompiledKernel]) -> 
 
 
 @needs_the_extension
-def test_kernels_stay_within_their_plan(kernels: list[CompiledKernel]) -> None:
-    assert all(kernel.resident_blocks for kernel in kernels)
+def test_kernels_stay_within_their_plan(resources: list[CompiledKernel]) -> None:
+    assert all(kernel.resident_blocks for kernel in resources)
     wrong = [
-        f"{k.arch} {k.name}: {k.outgrows_its_plan()}" for k in kernels if k.outgrows_its_plan()
+        f"{k.arch} {k.name}: {k.outgrows_its_plan()}" for k in resources if k.outgrows_its_plan()
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -145,7 +160,7 @@ def test_positions_take_no_detour(kernels: list[CompiledKernel]) -> None:
         products = int(match[2]) // 16 * (16 + 8 * has_key + 12 * has_query)
         assert sum(step.shapes.values()) == products, kernel.name
         assert step.shuffle == 8 + 16 * has_key + 32 * has_query, kernel.name
-    assert found == 2 * 24
+    assert found == 24
 
 
 @needs_the_extension
@@ -163,9 +178,6 @@ def test_shortcomings_would_be_noticed(kernels: list[CompiledKernel]) -> None:
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda path: path.stem)
 def test_other_architectures_compile(source: Path, tmp_path: Path) -> None:
-    """All that a default build leaves out; tests/test_compile_cuda_attention.py has the rest."""
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("89", "100a", "120")]
-    command = ["nvcc", "-std=c++17", "-fatbin", *targets, f"-I{ROOT / 'csrc'}"]
-    command += [str(source), "-o", str(tmp_path / "fatbin")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    """What a default build leaves out has from Blackwell on another compiler inside nvcc. Before
+    that it is the assembler alone that differs; tests/test_compile_cuda_attention.py has more."""
+    compile_fatbin(source, {"120": ["120"]}, tmp_path)

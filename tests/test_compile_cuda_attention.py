@@ -15,7 +15,8 @@ import pytest
 
 from bench.cost.cuda_binary import CSRC, CompiledKernel, compile_fatbin, cuobjdump, read_kernels
 
-ARCHS = ("89", "100a", "120")
+# By what nvcc's front end compiles for. From Blackwell on it has another compiler inside.
+ARCHS = {"80": ("89",), "100": ("100", "120")}
 HEAD_DIMS = (32, 64, 128)
 
 # Longest sequence of each class that has a tile of its own, by head size; None is the loop over
@@ -36,7 +37,7 @@ pytestmark = [
 
 def compiled(source: str, folder: Path) -> list[CompiledKernel]:
     kernels = read_kernels(compile_fatbin(CSRC / "attention" / source, ARCHS, folder))
-    assert len({kernel.arch for kernel in kernels}) == len(ARCHS)
+    assert {kernel.arch for kernel in kernels} == {f"sm_{a}" for a in sum(ARCHS.values(), ())}
     for kernel in kernels:
         assert kernel.resident_blocks, kernel.name
         assert kernel.outgrows_its_plan() is None, f"{kernel.name}: {kernel.outgrows_its_plan()}"

@@ -10,7 +10,7 @@ import pytest
 from test_compile_attention import PRECISIONS, launch_attention
 from test_compile_norms import launch
 
-from bench.cost.triton_compile import LauncherCall, compile_launches, problems
+from bench.cost.triton_compile import HALF_ON, LauncherCall, compile_launches, problems
 from encoder_fast.kernels import launch_table
 
 # By the beginning of a card's name; the architecture that its kernels are compiled for.
@@ -28,8 +28,11 @@ ARCH_OF = {
 Entries = dict[str, dict[str, dict[str, Any]]]
 
 
-def launch_entries(entries: Entries) -> None:
-    """What is launched in the shape classes of these entries with the entries in force."""
+def launch_entries(entries: Entries, half: str) -> None:
+    """What is launched in the shape classes of these entries with the entries in force.
+
+    half: the type that stands for those of 2 bytes.
+    """
     with ExitStack() as stack:
         for kernel, classes in entries.items():
             for name, config in classes.items():
@@ -39,12 +42,12 @@ def launch_entries(entries: Entries) -> None:
                 found = re.match(r"(?:D|N<=)(\d+), (\d) bytes", name)
                 assert found is not None, name
                 size, itemsize = int(found[1]), int(found[2])
-                for dtype in ("fp32",) if itemsize == 4 else ("fp16", "bf16"):
-                    if kernel == "attention":
-                        for precision in PRECISIONS[dtype]:
-                            launch_attention("plain", dtype, precision, size)
-                    else:
-                        launch(size, dtype, "fp32")
+                dtype = "fp32" if itemsize == 4 else half
+                if kernel == "attention":
+                    for precision in PRECISIONS[dtype]:
+                        launch_attention("plain", dtype, precision, size)
+                else:
+                    launch(size, dtype, "fp32")
 
 
 def shortcomings(table: dict[str, Entries]) -> list[str]:
@@ -53,9 +56,8 @@ def shortcomings(table: dict[str, Entries]) -> list[str]:
         arch = next((arch for name, arch in ARCH_OF.items() if card.startswith(name)), None)
         if arch is None:
             return [f"the architecture of {card!r} is not known here"]
-        calls.append(
-            LauncherCall("test_compile_launch_table:launch_entries", {"entries": entries}, arch)
-        )
+        arguments = {"entries": entries, "half": HALF_ON[arch]}
+        calls.append(LauncherCall("test_compile_launch_table:launch_entries", arguments, arch))
     return [f"{kernel}: {line}" for kernel in compile_launches(calls) for line in problems(kernel)]
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -88,15 +88,20 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump")
 
 
-def compile_fatbin(source: Path, targets: Iterable[str], folder: Path) -> Path:
-    """A CUDA file compiled by nvcc for architectures such as 100a, into the folder.
+def compile_fatbin(source: Path, targets: Mapping[str, Sequence[str]], folder: Path) -> Path:
+    """A CUDA file compiled by nvcc, into the folder.
+
+    Args:
+        targets: for each virtual architecture, such as 100, the real ones that its PTX is
+            assembled for. The PTX is most of the work. It is kept, for it says what was planned.
 
     Raises:
         RuntimeError: it doesn't compile.
     """
-    # The PTX says what was planned.
-    options = [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
-    options += ["-gencode=arch=compute_80,code=compute_80", f"-I{CSRC}"]
+    options = [f"-I{CSRC}"]
+    for virtual, real in targets.items():
+        code = ",".join([f"compute_{virtual}", *(f"sm_{target}" for target in real)])
+        options.append(f"-gencode=arch=compute_{virtual},code=[{code}]")
     binary = folder / f"{source.stem}.fatbin"
     command = ["nvcc", "-std=c++17", "-O3", "-fatbin", *options, str(source), "-o", str(binary)]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -111,12 +116,15 @@ def ptx_version(binary: Path) -> str:
     return max(versions)
 
 
-def read_kernels(binary: Path, wanted: str = "", arch: str = "") -> list[CompiledKernel]:
+def read_kernels(
+    binary: Path, wanted: str = "", arch: str = "", code: bool = True
+) -> list[CompiledKernel]:
     """The kernels in a library, on every architecture it has machine code for.
 
     Args:
         wanted: a regular expression that is found in the readable names of those to read.
         arch: the one architecture to read, such as sm_90a; all of them if empty.
+        code: with their machine code, which takes most of the time.
     """
     every = [kernel for kernel in _resources(binary) if arch in ("", kernel.arch)]
     readable = _demangled([kernel.name for kernel in every])
@@ -125,13 +133,14 @@ def read_kernels(binary: Path, wanted: str = "", arch: str = "") -> list[Compile
         return []
     plans = dict(_plans(binary))
     names = {kernel.name for kernel in kernels} if wanted else set()
-    code = {
+    listings = {
         (one, name): instructions
-        for one in {kernel.arch for kernel in kernels}
+        for one in ({kernel.arch for kernel in kernels} if code else ())
         for name, instructions in _machine_code(binary, one, names).items()
     }
     for kernel in kernels:
-        kernel.code = code[kernel.arch, kernel.name]
+        if code:
+            kernel.code = listings[kernel.arch, kernel.name]
         kernel.threads, kernel.resident_blocks = plans.get(kernel.name, (0, 0))
         kernel.name = readable[kernel.name]
     return kernels

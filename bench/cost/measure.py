@@ -174,7 +174,7 @@ def built_kernels(archs: Sequence[int]) -> list[CompiledKernel]:
     if missing and nvcc is not None:
         for source in sorted(CSRC.rglob("*.cu")):
             with tempfile.TemporaryDirectory() as folder:
-                targets = [TARGETS[arch] for arch in missing]
+                targets = {TARGETS[arch]: [TARGETS[arch]] for arch in missing}
                 found += read_kernels(compile_fatbin(source, targets, Path(folder)), patterns)
     return [kernel for kernel in found if kernel.number in archs]
 

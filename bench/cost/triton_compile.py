@@ -33,6 +33,10 @@ from typing import Any
 
 ARCHS = (80, 89, 90, 100)
 
+# What differs between fp16 and bf16 is the instruction that converts: one of them on an
+# architecture, each on an older and a newer one, shows as much as both on all.
+HALF_ON = {80: "fp16", 89: "bf16", 90: "fp16", 100: "bf16"}
+
 # The most shared memory one block may ask for, in bytes.
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
