@@ -70,13 +70,17 @@ def test_window_for_every_head_size_and_dtype(head_dim: int, dtype: torch.dtype)
     assert_as_good_as_eager(q, k, v, MIXED, window_size=33)
 
 
-@pytest.mark.parametrize("head_dim", (16, 128), ids=lambda head_dim: f"D{head_dim}")
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=name_of)
+# In float32 the tiles of narrow heads depend on no card.
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    ((torch.float16, 16), (torch.float16, 128), (torch.float32, 128)),
+    ids=("float16-D16", "float16-D128", "float32-D128"),
+)
 def test_window_on_cards_with_less_shared_memory(
-    head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local_attention, "shared_memory", lambda device: 99 * 1024)
-    q, k, v = random_qkv(sum(MIXED), 5, 2, head_dim, dtype).unbind(1)
+    q, k, v = random_qkv(sum(MIXED), 5, 1, head_dim, dtype).unbind(1)
     assert_as_good_as_eager(q, k, v, MIXED, window_size=40)
 
 

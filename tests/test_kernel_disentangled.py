@@ -73,12 +73,12 @@ def test_head_sizes(kernel: ModuleType, head_dim: int, dtype: torch.dtype) -> No
     one.check(run(kernel, one))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
 def test_cards_with_less_shared_memory(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Triton takes tiles of 32 queries for long sequences too.
+    # Triton takes tiles of 32 queries for long sequences too. In float32 no tile depends on it.
     monkeypatch.setattr(triton_kernel, "shared_memory", lambda device: 99 * 1024)
     for terms in ("c2p+p2c", "c2p", "p2c"):
-        one = problem((97, 0, 33, 64), dtype, terms=terms, device=DEVICE)
+        one = problem((97, 0, 33, 64), dtype, heads=1, terms=terms, device=DEVICE)
         one.check(triton_kernel.disentangled_attention(*one.arguments))
 
 
@@ -89,7 +89,7 @@ def test_cards_with_less_shared_memory(dtype: torch.dtype, monkeypatch: pytest.M
 )
 def test_spans(kernel: ModuleType, span: int, buckets: int, end: int) -> None:
     one = problem(
-        *((150, 20), kernel.DTYPES[0]),
+        *((150, 20), torch.float16),
         **{"span": span, "buckets": buckets, "max_distance": end, "device": DEVICE},
     )
     one.check(run(kernel, one))
@@ -153,13 +153,13 @@ def test_max_seqlen_may_be_larger_than_any_sequence(kernel: ModuleType) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=name_of)
 def test_strides(kernel: ModuleType, dtype: torch.dtype) -> None:
-    one = problem((70, 9), dtype, heads=3, device=DEVICE)
+    one = problem((40, 9), dtype, heads=3, device=DEVICE)
     spread(one).check(run(kernel, spread(one)))
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=name_of)
 def test_rows_that_are_not_aligned(kernel: ModuleType, dtype: torch.dtype) -> None:
-    one = problem((70, 9), dtype, heads=3, device=DEVICE)
+    one = problem((40, 9), dtype, heads=3, device=DEVICE)
     # No row starts at a multiple of 16 bytes, and the strides all differ.
     moved = {}
     for pad, name in enumerate(("q", "k", "v", "pos_key", "pos_query"), start=1):
@@ -226,7 +226,8 @@ def test_keys_that_score_minus_infinity_get_no_weight(kernel: ModuleType, length
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("kind", ("large", "all-negative", "all-positive"))
 def test_extreme_scores(kernel: ModuleType, kind: str, dtype: torch.dtype) -> None:
-    one = problem((66, 5), dtype, heads=4, device=DEVICE)
+    # Many rows for the scores where single ones decide, or the largest error would be luck.
+    one = problem((66, 5), dtype, heads=4 if kind == "large" else 1, device=DEVICE)
     if kind == "large":
         # Scores of some hundreds: most weights are 0, a few decide.
         one = replace(one, q=one.q * 8, k=one.k * 8)
