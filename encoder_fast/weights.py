@@ -70,7 +70,7 @@ class LayerWeights:
     pos_query: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class EncoderWeights:
     """The linears of an encoder, prepared.
 

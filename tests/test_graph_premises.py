@@ -1,6 +1,7 @@
 """CUDA graphs of models that change: what they take for granted is looked at in every call."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -240,6 +241,23 @@ def test_weights_that_nobody_counts_the_edits_of(
         assert (model(**call)[0] - before).abs().max() > 1e-3
     assert graphs_of(model)[:2] == (1, 3)
     assert len(steps) == 3
+
+
+def test_weights_that_were_replaced_are_not_kept(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all batches are too large for graphs from then on."""
+    model = zoo.build("bert")
+    encoder_fast.patch(model, backend, cuda_graphs=True, strict=True)
+    of_model = model.__dict__["_encoder_fast"]._reading.cache
+    with torch.inference_mode():
+        for _ in range(2):
+            model(**call_of(model, LENGTHS[0]))
+        old = weakref.ref(of_model._live.weights)
+        new_data(model.encoder.layer[0])
+        monkeypatch.setattr(cache, "most_tokens", lambda *_: 0)
+        model(**call_of(model, LENGTHS[0]))
+    assert old() is None
 
 
 def test_replays_write_no_stacks(backend: str) -> None:

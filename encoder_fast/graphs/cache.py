@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -109,11 +110,14 @@ class GraphCache:
         key = _Key.of(inputs, first_token_alone)
         with self._lock:
             graph, held = self._graphs.get(key), self._held
+            # Until the graph is launched, this keeps the memory that it reads.
+            weights = None if held is None else held.weights()
             if (
                 graph is None
                 or held is None
+                or weights is None
                 or held.rows_of_tables != self._rows_of_tables()
-                or (seen := self._weights.may_run_ahead(held.weights, inputs.batch.total)) is None
+                or (seen := self._weights.may_run_ahead(weights, inputs.batch.total)) is None
             ):
                 return None
             self._graphs.move_to_end(key)
@@ -148,8 +152,9 @@ class GraphCache:
             return reason
         key = _Key.of(inputs, first_token_alone)
         with self._lock:
-            held = self._drop_if_outdated(inputs.batch.total)
-            found = self._graph_of(key, inputs, held)
+            weights = self._weights.current(self._like, inputs.batch.total)
+            self._drop_if_outdated(weights)
+            found = self._graph_of(key, inputs, weights)
             if isinstance(found, str):
                 return found
             result = self._replay(key, found, inputs)
@@ -173,16 +178,13 @@ class GraphCache:
             return f"more than {limit} tokens, with which the GPU is the slower one"
         return self._recorder.why_not_now()
 
-    def _drop_if_outdated(self, tokens: int) -> _Held:
-        weights = self._weights.current(self._like, tokens)
-        now = _Held(weights, self._premises.now(), self._rows_of_tables())
-        held = self._held
-        if held is None or held.weights is not weights or held.premises != now.premises:
+    def _drop_if_outdated(self, weights: EncoderWeights) -> None:
+        held, premises = self._held, self._premises.now()
+        if held is None or held.weights() is not weights or held.premises != premises:
             self._graphs.clear()
             self._seen.clear()
             self._failed.clear()
-            self._held = held = now
-        return held
+            self._held = _Held(ref(weights), premises, self._rows_of_tables())
 
     @property
     def _like(self) -> Tensor:
@@ -203,7 +205,7 @@ class GraphCache:
             self._seen.popitem(last=False)
         return False
 
-    def _graph_of(self, key: _Key, inputs: Inputs, held: _Held) -> _Graph | str:
+    def _graph_of(self, key: _Key, inputs: Inputs, weights: EncoderWeights) -> _Graph | str:
         """The graph of a size, recorded now if this is its second batch, or why there is none."""
         graph = self._graphs.get(key)
         if graph is not None:
@@ -216,7 +218,7 @@ class GraphCache:
         try:
             # What inference mode makes could not be written outside it later.
             with torch.inference_mode(False), torch.no_grad():
-                graph = self._graphs[key] = self._record(key, inputs, held)
+                graph = self._graphs[key] = self._record(key, inputs, weights)
         except RecordingFailedError as error:
             reason = self._failed[key] = f"recording failed: {error}"
             return reason
@@ -233,8 +235,8 @@ class GraphCache:
             # In the caller's mode, so that the result is what it would be without us.
             return recording.output[:rows].clone()
 
-    def _record(self, key: _Key, inputs: Inputs, held: _Held) -> _Graph:
-        spec, backend, weights = self._spec, self._backend, held.weights
+    def _record(self, key: _Key, inputs: Inputs, weights: EncoderWeights) -> _Graph:
+        spec, backend = self._spec, self._backend
         static = _StaticInputs(key.bucket, key.has_types, self._like.device)
         static.fill(inputs)
 
@@ -267,9 +269,10 @@ class GraphCache:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What the graphs are right for: these very weights, and equal premises."""
+    """What the graphs are right for: these very weights, and equal premises. They don't keep the
+    weights of a model that has others now: it may be long until a graph is asked for again."""
 
-    weights: EncoderWeights
+    weights: ref[EncoderWeights]
     premises: tuple
     rows_of_tables: list[int]
 
