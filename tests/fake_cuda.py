@@ -56,13 +56,16 @@ class Workspace:
 @dataclass(frozen=True)
 class Stream:
     cuda_stream: int
-    waits: list[tuple[Stream, Stream]] = field(default_factory=list, compare=False, repr=False)
+    cuda: FakeCuda | None = field(default=None, compare=False, repr=False)
 
     def wait_event(self, event: Event) -> None:
         event.wait(self)
 
     def wait_stream(self, other: Stream) -> None:
-        self.waits.append((self, other))
+        assert self.cuda is not None
+        event = Event(self.cuda)
+        event.record(other)
+        self.wait_event(event)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -105,8 +108,8 @@ class FakeCuda:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where the recorder looks for CUDA, it finds this one."""
         cuda = SimpleNamespace(
-            Stream=lambda: Stream(1 + next(self._next_stream) % 32, self.waits),
-            ExternalStream=lambda handle, _device: Stream(handle, self.waits),
+            Stream=lambda: Stream(1 + next(self._next_stream) % 32, self),
+            ExternalStream=lambda handle, _device: Stream(handle, self),
             Event=lambda: Event(self),
             CUDAGraph=lambda: CUDAGraph(self),
             graph_pool_handle=lambda: (0, next(self._next_pool)),
@@ -141,7 +144,7 @@ class FakeCuda:
         return self.stream_error
 
     def current_stream(self) -> Stream:
-        return getattr(self._here, "stream", Stream(0, self.waits))
+        return getattr(self._here, "stream", Stream(0, self))
 
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
@@ -234,11 +237,11 @@ class Event:
         self._recorded_on: Stream | None = None
 
     def record(self, stream: Stream) -> None:
-        assert stream not in self._cuda._captures
+        assert stream not in self._cuda._captures, "who waits for it becomes a part of the graph"
         self._recorded_on = stream
 
     def wait(self, stream: Stream) -> None:
-        assert stream not in self._cuda._captures
+        assert stream not in self._cuda._captures, "a graph can't wait for what is outside it"
         if self._recorded_on is not None:
             self._cuda.waits.append((stream, self._recorded_on))
 
