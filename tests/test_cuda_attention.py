@@ -137,8 +137,10 @@ def test_heads(kernel: ModuleType, lengths: tuple[int, ...], heads: int) -> None
         ((*[0] * 300, 130, *[1, 0, 0, 0, 0, 0] * 50, 140), 32, 128),
         ((100, *[3] * 30, 0, 65), 128, 64),
         ((300, *[5] * 12), 64, 128),
+        # As many tiles as the workspace has room for: with the tail 200 tokens, 3 whole tiles.
+        ((65, 65, 65), 128, 64),
     ),
-    ids=("longer-D32", "up-to-256-D32", "up-to-128-D128", "longer-D64"),
+    ids=("longer-D32", "up-to-256-D32", "up-to-128-D128", "longer-D64", "full-D128"),
 )
 def test_tiles_from_the_list(
     kernel: ModuleType,
@@ -236,6 +238,19 @@ def test_rows_that_are_not_aligned_raise(kernel: ModuleType, which: str) -> None
     padded = torch.zeros(10, 65, dtype=torch.float16, device=DEVICE)[:, :64].unflatten(1, (2, 32))
     with pytest.raises(ValueError, match=f"{which}'s row stride"):
         kernel.attention(*(heads | {which: padded}).values(), cumulated((10,)), 10, 1.0)
+
+
+def test_more_than_32_bits_can_number_is_refused(kernel: ModuleType) -> None:
+    one = torch.zeros(1, 1, 32, dtype=torch.float16, device=DEVICE)
+    q = one.expand(2**31, 1, 32)
+    with pytest.raises(ValueError, match=r"2\*\*31 - 1 tokens at most, got 2147483648"):
+        kernel.attention(q, q, q, cumulated((2**30,)), 2**30, 0.2)
+    # 2**16 sequences and 2**15 heads, one token: as many tiles, most of them empty.
+    q = one.expand(1, 2**15, 32).contiguous()
+    cu_seqlens = torch.zeros(2**16 + 1, dtype=torch.int32, device=DEVICE)
+    cu_seqlens[-1] = 1
+    with pytest.raises(RuntimeError, match="too many tiles"):
+        kernel.attention(q, q, q, cu_seqlens, 1, 0.2)
 
 
 @pytest.mark.large_memory
