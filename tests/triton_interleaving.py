@@ -15,7 +15,7 @@ import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import signature
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +31,7 @@ IN_A_ROW = 3
 
 
 class _Abandoned(BaseException):
-    """Ends the other programs of a launch when one has raised."""
+    """Ends the other programs of a launch."""
 
 
 class _Launch:
@@ -230,3 +230,31 @@ def interleaved(seed: int, one_value: bool = False) -> Iterator[list[str]]:
         except BaseException as error:
             error.add_note(f"programs interleaved by seed {seed}")
             raise
+
+
+@contextmanager
+def last_program_alone() -> Iterator[None]:
+    """Run the last program of each launch in the block and no other, so that a launch may be as
+    large as it likes."""
+    executor = interpreter.GridExecutor
+    init, launch = executor.__init__, executor.__call__
+
+    def run(fn: Callable[..., None], arguments: dict[str, Any], _: object) -> None:
+        builder = interpreter.interpreter_builder
+        builder.set_grid_idx(*(n - 1 for n in builder.grid_dim))
+        fn(**arguments)
+        raise _Abandoned
+
+    def init_with_one(self: Any, fn: Any, *rest: Any, **options: Any) -> None:
+        init(self, fn, *rest, **options)
+        self.fn = _Kernel(fn, run)
+
+    def launch_one(self: Any, *arguments: Any, **options: Any) -> None:
+        with suppress(_Abandoned):
+            launch(self, *arguments, **options)
+
+    with (
+        patch.object(executor, "__init__", init_with_one),
+        patch.object(executor, "__call__", launch_one),
+    ):
+        yield
