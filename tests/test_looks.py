@@ -203,6 +203,20 @@ def test_a_watch_notices_what_belongs_to_no_model(monkeypatch: pytest.MonkeyPatc
     assert watch.look(model) is not freed
 
 
+@pytest.mark.parametrize("edit", ["elsewhere", "in place", "another"])
+def test_a_changed_buffer_shows(edit: str, way: str) -> None:
+    model = tiny()
+    stack, positions = Stack(model, bert.FAMILY), model.embeddings.position_ids
+    assert stack.is_unchanged(model)
+    if edit == "elsewhere":
+        positions.data = positions + 1
+    elif edit == "in place":
+        positions.add_(1)
+    else:
+        model.embeddings.position_ids = positions + 1
+    assert not stack.is_unchanged(model)
+
+
 @pytest.mark.parametrize("name", ["config", "pooler"])
 def test_what_took_the_place_of_another_is_watched(name: str) -> None:
     """An equal one too: what is written to it later has to show."""
