@@ -11,7 +11,8 @@ from torch import Tensor, cuda
 class StreamOrder:
     """The order of reads and writes of some buffers on one GPU. Not safe to share between threads.
 
-    Made by whoever has just written the buffers for the first time, on the current stream.
+    Made by whoever has just written them for the first time, on the current stream. Some may be
+    older, and not written: those are kept for whoever reads them.
     """
 
     @classmethod
@@ -22,17 +23,24 @@ class StreamOrder:
     def __init__(self, buffers: list[Tensor]) -> None:
         self._buffers = buffers
         self._device = buffers[0].device
-        stream = cuda.current_stream(self._device)
-        # The allocator knows the stream that memory was made on; of all others it has to be told,
-        # or it gives the memory away while they still read it.
-        self._known = {stream}
+        self._told: set[cuda.Stream] = set()
         self._written = cuda.Event()
+        stream = cuda.current_stream(self._device)
+        self._tell_allocator(stream)
         self._mark_written(stream)
 
     def _mark_written(self, stream: cuda.Stream) -> None:
         self._written.record(stream)
         self._in_order = {stream}
         """The streams whose next work comes after the last write."""
+
+    def _tell_allocator(self, stream: cuda.Stream) -> None:
+        # It knows the stream that memory was made on; of all others it has to be told once, or it
+        # gives the memory away while they still read it.
+        if stream not in self._told:
+            self._told.add(stream)
+            for buffer in self._buffers:
+                buffer.record_stream(stream)
 
     def before_reading(self) -> None:
         """What is launched next on the current stream may read the buffers."""
@@ -41,10 +49,7 @@ class StreamOrder:
             return
         stream.wait_event(self._written)
         self._in_order.add(stream)
-        if stream not in self._known:
-            self._known.add(stream)
-            for buffer in self._buffers:
-                buffer.record_stream(stream)
+        self._tell_allocator(stream)
 
     def write(self, launch: Callable[[], None]) -> bool:
         """Let ``launch`` write the buffers on the current stream, after all reads so far.

@@ -133,7 +133,7 @@ class CudaRecorder:
                 graph, output = self._capture_with_room(run)
             except Exception as error:
                 raise RecordingFailedError(f"{type(error).__name__}: {error}") from error
-            return _CudaRecording(graph, output, reads, torch.cuda.current_stream())
+            return _CudaRecording(graph, output, reads)
 
     def _capture_with_room(self, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         # Not in a turn: others may go on replaying, as nothing runs here.
@@ -223,21 +223,18 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream:
 
 class _CudaRecording:
     def __init__(
-        self,
-        graph: torch.cuda.CUDAGraph,
-        output: Tensor,
-        reads: Sequence[Tensor],
-        home: torch.cuda.Stream,
+        self, graph: torch.cuda.CUDAGraph, output: Tensor, reads: Sequence[Tensor]
     ) -> None:
         self.output = output
         self._graph = graph
         self._reads = reads
-        self._home = home
+        self._told: set[torch.cuda.Stream] = set()
 
     def replay(self) -> None:
         stream = torch.cuda.current_stream()
-        if stream != self._home:
-            # Their memory must not go to somebody else on the other stream while this one reads it.
+        if stream not in self._told:
+            # What is read must not go to somebody else on the stream that it was made on.
+            self._told.add(stream)
             for buffer in self._reads:
                 buffer.record_stream(stream)
         self._graph.replay()
