@@ -52,8 +52,18 @@ def many_texts_for(family: str, head: str, kind: str) -> dict:
     return {name: torch.cat([one[name] for one in calls]) for name in calls[0]}
 
 
-@pytest.mark.parametrize("kind", ["none", "right", "holes", "empty_row", "left"])
-@pytest.mark.parametrize("dtype", DTYPES)
+# A mask decides which tokens are packed, whatever their dtype; it is the empty row whose zeros
+# half precision could get wrong.
+KINDS = {
+    "fp32": ("none", "right", "holes", "empty_row", "left"),
+    "fp16": ("right", "empty_row"),
+    "bf16": ("holes", "empty_row", "left"),
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(dtype, kind) for dtype, kinds in KINDS.items() for kind in kinds]
+)
 @pytest.mark.parametrize(("family", "head"), zoo.CASES, ids=lambda case: case)
 @pytest.mark.parametrize("backend", model_backends())
 def test_parity(backend: str, family: str, head: str, dtype: str, kind: str) -> None:

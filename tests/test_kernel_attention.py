@@ -45,8 +45,10 @@ def poisoned_outputs() -> Iterator[None]:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS, ids=lambda head_dim: f"D{head_dim}")
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_every_configuration(lengths: tuple[int, ...], head_dim: int) -> None:
-    # Three heads: not a power of two. Five rows of tail: less than a tile.
-    q, k, v = random_qkv(sum(lengths), 5, 3, head_dim, torch.float16).unbind(1)
+    # Three heads: not a power of two. How many there are and how wide they are meet nowhere, and
+    # the interpreter takes them in turn. Five rows of tail: less than a tile.
+    heads = 3 if head_dim == 32 else 1
+    q, k, v = random_qkv(sum(lengths), 5, heads, head_dim, torch.float16).unbind(1)
     assert_as_good_as_eager(q, k, v, lengths)
 
 
@@ -55,7 +57,7 @@ def test_every_configuration(lengths: tuple[int, ...], head_dim: int) -> None:
 def test_every_dtype(head_dim: int, dtype: torch.dtype) -> None:
     # bfloat16 sees the packed and the looping tiles; float32 has one configuration for a head size.
     for lengths in (LENGTHS["packed"], LENGTHS["loop-64"]):
-        q, k, v = random_qkv(sum(lengths), 0, 2, head_dim, dtype).unbind(1)
+        q, k, v = random_qkv(sum(lengths), 0, 1, head_dim, dtype).unbind(1)
         assert_as_good_as_eager(q, k, v, lengths)
 
 
@@ -64,7 +66,7 @@ def test_cards_with_less_shared_memory(head_dim: int, monkeypatch: pytest.Monkey
     # They pack shorter sequences into smaller tiles, and have smaller ones for wide heads.
     monkeypatch.setattr(kernel, "shared_memory", lambda device: 99 * 1024)
     for lengths in ((0, 15, 16, 1, 0, 16, 16), (17, 3, 32), LENGTHS["loop-64"], (400, 65)):
-        q, k, v = random_qkv(sum(lengths), 5, 2, head_dim, torch.float16).unbind(1)
+        q, k, v = random_qkv(sum(lengths), 5, 1, head_dim, torch.float16).unbind(1)
         assert_as_good_as_eager(q, k, v, lengths)
 
 
@@ -213,7 +215,7 @@ def test_extreme_scores(kind: str, dtype: torch.dtype) -> None:
 def test_huge_scores_still_give_a_mean_of_values(dtype: torch.dtype) -> None:
     # Scores of ten million, far beyond what float16 holds: eager would be infinite or NaN.
     lengths = (7, 0, 150, 20)
-    q, k, v = random_qkv(sum(lengths), 0, 2, 64, dtype).unbind(1)
+    q, k, v = random_qkv(sum(lengths), 0, 1, 64, dtype).unbind(1)
     out = kernel.attention(q * 1000, k * 1000, v, cumulated(lengths), max(lengths), 1.0)
     step = torch.finfo(dtype).eps * v.abs().max()
     assert bool((out.abs() <= v.abs().max() + step).all())
