@@ -42,8 +42,9 @@ def patch(model: M, backend: str = "auto", *, cuda_graphs: bool = False, strict:
     whole model, not the encoder in it.
 
     Weights changed later take effect at the next call. One kind of change may be noticed late: a
-    weight written through ``.data`` or NumPy, which PyTorch does not count. It takes effect once
-    1,024 more tokens have run on a CPU, 8,192 on a GPU, or at once after another ``patch``.
+    weight written through ``.data``, NumPy or a CUDA graph, which PyTorch does not count. It takes
+    effect once 1,024 more tokens have run on a CPU, 8,192 on a GPU, or at once after another
+    ``patch``.
 
     Args:
         model: a supported Hugging Face encoder, bare or with a head; or any ``nn.Module`` or
