@@ -350,9 +350,10 @@ def test_auto_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(op, "resolve", lambda *call: ("measured", ""))
     monkeypatch.setattr(measurements, "winner", lambda *call: str(CUDA))
 
+    places = one.cu_seqlens, one.longest
+    positions = {"pos_key": one.pos_key, "pos_query": one.pos_query}
+
     def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        positions = {"pos_key": one.pos_key, "pos_query": one.pos_query}
-        places = one.cu_seqlens, one.longest
         plain = attention(q, k, v, *places)
         return plain, disentangled_attention.disentangled_attention(
             q, k, v, *places, one.row_of_distance, **positions
