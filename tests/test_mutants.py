@@ -42,12 +42,13 @@ def test_every_mutants_tests_are_there() -> None:
                 assert (ROOT / argument.split("::")[0]).exists(), mutant.name
 
 
-def test_the_table_tells_of_mutants_as_they_are() -> None:
-    """Else `make mutants ARGS="--out docs/mutants.md --missing"`."""
-    table = Table(ROOT / "docs/mutants.md", MUTANTS, ROOT)
-    assert set(table.rows) <= {mutant.name for mutant in MUTANTS}
-    wrong = [m.name for m in MUTANTS if m.name in table.rows and not table.is_right(m)]
-    assert not wrong
+def test_the_table_has_nothing_bad() -> None:
+    """A row may be of code that has changed since; `--missing` runs those again."""
+    rows = Table(ROOT / "docs/mutants.md", MUTANTS, ROOT).rows
+    assert set(rows) <= {mutant.name for mutant in MUTANTS}
+    for mutant in MUTANTS:
+        good = "| survives: " if mutant.survives else "| caught by "
+        assert mutant.name not in rows or good in rows[mutant.name], mutant.name
 
 
 CODE = """
