@@ -49,8 +49,8 @@ HEAD = """\
 # What the tests notice
 
 `make mutants` breaks the kernels on purpose, one edit at a time, and runs the narrowest tests that
-should fail. This is its table: each mutant, and the first test that caught it. A mutant that no
-test can notice here says why.
+should fail. This table has the mutants that were run, and the first test that caught each. A mutant
+that no test can notice here says why. `tests/mutants/*.toml` lists all of them.
 
 It shows how dense the tests are, not that the code is right. Kernels in `csrc/` run in the
 emulation and those in `kernels/` in Triton's interpreter, so it says nothing of the code that
