@@ -129,21 +129,21 @@ def test_a_step_that_does_not_end_is_ended_with_its_children(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_stops_it_stops_its_steps(number: int, tmp_path: Path) -> None:
-    step = "Step('long', 60, 1, [sys.executable, '-c', 'import time; time.sleep(60)'], 'a')"
+    program = "print('begun', flush=True); import time; time.sleep(60)"
+    step = f"Step('long', 60, 1, [sys.executable, '-c', {program!r}], 'a')"
     code = (
         "import sys; from pathlib import Path; from bench import first_contact; "
         f"from bench.first_contact import Step; first_contact.steps = lambda out: [{step}]; "
         f"sys.argv = ['first_contact', {str(tmp_path)!r}]; sys.exit(first_contact.main())"
     )
     run = subprocess.Popen([PYTHON, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
-    log = tmp_path / "log.txt"
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
-    while not (log.exists() and children.read_text()):
+    output = tmp_path / "a.txt"
+    while not (output.exists() and "begun" in output.read_text()):
         time.sleep(0.05)
-    child = int(children.read_text())
+    child = int(Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text())
     # Whatever ends the session, such as a machine that takes its command back, ends the step.
     assert os.getsid(child) == os.getsid(run.pid)
     run.send_signal(number)
     assert run.wait() == 130
     assert not Path(f"/proc/{child}").exists()
-    assert log.read_text().endswith("stopped\n")
+    assert (tmp_path / "log.txt").read_text().endswith("stopped\n")
