@@ -121,7 +121,7 @@ def test_longest_sequence_among_short_ones(
 
 
 @pytest.mark.parametrize("heads", (1, 12), ids=lambda heads: f"H{heads}")
-@pytest.mark.parametrize("lengths", ((17, 3, 0, 32), (70, 1, 130)), ids=("short", "long"))
+@pytest.mark.parametrize("lengths", ((17, 3, 0, 32, 5), (70, 1, 130)), ids=("short", "long"))
 def test_heads(kernel: ModuleType, lengths: tuple[int, ...], heads: int) -> None:
     # One head leaves three warps of the last block of short sequences without work.
     q, k, v = random_qkv(sum(lengths), 0, heads, 32, torch.float16).unbind(1)
