@@ -68,8 +68,7 @@ EF_DEVICE void finish_warp(const DisentangledLaunch& p, const Work& work, Shared
     const int warp_row = thread / kWarpSize * Traits::kWarpRows;
     const int first_row = work.first_row + warp_row;
     const SharedAddress own = queries + warp_row * Traits::kRowBytes;
-    // Each lane has read the queries that the output takes the place of.
-    sync_warp();
+    // All queries were read before the loop's first barrier; the output takes their place.
 #pragma unroll
     for (int r = 0; r < Traits::kRowTiles; r++) {
         float factors[2];
