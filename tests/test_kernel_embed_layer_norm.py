@@ -135,6 +135,11 @@ def test_tokens(kernels, total, N, ids_dtype):
     case.check(kernels)
 
 
+def test_many_tokens_of_a_block(kernels):
+    """Of rows so wide few blocks are resident, and each goes on to a third token and further."""
+    embeddings(9, 8192, dtype=torch.float16).check(kernels)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 def test_half_tables_with_float32_vectors(kernels, dtype):
     embeddings(17, 384, dtype=dtype, vector_dtype=torch.float32).check(kernels)
