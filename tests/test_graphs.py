@@ -159,6 +159,7 @@ def test_the_limit_goes_by_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = bucket.most_tokens(parameters, torch.float32)
     monkeypatch.setattr(bucket, "float32_precision", lambda: "tf32")
     assert exact < bucket.most_tokens(parameters, torch.float32) < half == 3691
+    assert bucket.fewest_tokens(parameters) == exact
 
 
 def test_a_recording_that_fails_costs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +266,7 @@ def test_what_falls_back_counts_as_no_call_without(backend: str) -> None:
 
 
 def test_large_batches_run_without(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "fewest_tokens", lambda *_: 0)
     monkeypatch.setattr(cache, "most_tokens", lambda *_: 40)
     model = encoder_fast.patch(zoo.build("bert"), backend, cuda_graphs=True)
     with torch.inference_mode():

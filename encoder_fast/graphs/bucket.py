@@ -84,6 +84,15 @@ def most_tokens(parameters: float, dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         exact = float32_precision() in ("highest", "ieee", "none")
         rate = _FLOAT32_RATE if exact else _TF32_RATE
+    return _tokens_at(rate, parameters)
+
+
+def fewest_tokens(parameters: float) -> int:
+    """What :func:`most_tokens` gives at least, whatever the dtype and PyTorch's settings."""
+    return _tokens_at(_FLOAT32_RATE, parameters)
+
+
+def _tokens_at(rate: float, parameters: float) -> int:
     return int(_HOST_SECONDS * rate / (2 * max(1.0, parameters)))
 
 

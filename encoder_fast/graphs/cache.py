@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from encoder_fast import engine
-from encoder_fast.graphs.bucket import Bucket, linear_parameters, most_tokens
+from encoder_fast.graphs.bucket import Bucket, fewest_tokens, linear_parameters, most_tokens
 from encoder_fast.graphs.counts import GraphCounts
 from encoder_fast.graphs.premises import Premises
 from encoder_fast.graphs.recorder import Recorder, Recording, RecordingFailedError
@@ -173,9 +173,11 @@ class GraphCache:
             return "a mask with holes, and attention that goes by distance"
         if batch.total == 0:
             return "a batch without a token"
-        limit = most_tokens(self._parameters, self._like.dtype)
-        if batch.total > limit:
-            return f"more than {limit} tokens, with which the GPU is the slower one"
+        # To read dtype and settings takes the host as long as to launch a kernel.
+        if batch.total > fewest_tokens(self._parameters):
+            limit = most_tokens(self._parameters, self._like.dtype)
+            if batch.total > limit:
+                return f"more than {limit} tokens, with which the GPU is the slower one"
         return self._recorder.why_not_now()
 
     def _drop_if_outdated(self, weights: EncoderWeights) -> None:
@@ -193,7 +195,12 @@ class GraphCache:
     def _rows_of_tables(self) -> list[int]:
         embeddings = self._spec.embeddings
         tables = (embeddings.word, embeddings.position, embeddings.token_type)
-        return [table.weight.shape[0] for table in tables if table is not None]
+        return [
+            weight.shape[0]
+            for table in tables
+            # To ask a module for its attribute takes five times as long.
+            if table is not None and (weight := table._parameters["weight"]) is not None
+        ]
 
     def _came_before(self, key: _Key) -> bool:
         """Recording takes as long as some forwards: what comes once is not worth it."""

@@ -24,7 +24,12 @@ from encoder_fast.families import Family
 from encoder_fast.graphs import GraphCache, GraphCounts, Replayed, recorder_for
 from encoder_fast.ops.attention import why_no_head_size
 from encoder_fast.packing import PackedBatch
-from encoder_fast.patching.arguments import Arguments, parameter_names, read_arguments
+from encoder_fast.patching.arguments import (
+    Arguments,
+    parameter_names,
+    read_arguments,
+    setting,
+)
 from encoder_fast.patching.head import wants_first_token_alone
 from encoder_fast.patching.inputs import inputs_of, pack_call, positions_of
 from encoder_fast.patching.reporting import Counts
@@ -423,14 +428,12 @@ def _leaves_padding_out(config: Any) -> bool:
 
 
 def _check_mode(model: nn.Module, call: Arguments) -> None:
-    config: Any = model.config
-    if getattr(config, "is_decoder", False):
-        raise NotFastError("is_decoder")
-    if getattr(config, "is_causal", False):
-        raise NotFastError("is_causal")
+    for name in ("is_decoder", "is_causal"):
+        if setting(model.config, name, False):
+            raise NotFastError(name)
     if model.training:
         raise NotFastError("training mode (call model.eval())")
-    if getattr(model, "_is_replica", False):
+    if model.__dict__.get("_is_replica"):
         raise NotFastError("a replica of nn.DataParallel")
     if torch.is_grad_enabled() and (
         any(p.requires_grad for p in model.parameters())
