@@ -47,7 +47,7 @@ def are_quiet(edges: list[Edge]) -> bool:
 
 class Watch:
     """Tells when a model's modules may have changed: their attributes, parameters, buffers,
-    children and hooks, their classes and the forwards of these, and the hooks of all modules.
+    children and hooks, their classes and what is written there, and the hooks of all modules.
 
     CPython before 3.13 gives a dictionary a new number at every change, so that one pass over these
     numbers replaces reading what the dictionaries hold. Where there are no numbers, everything may
@@ -73,10 +73,8 @@ class Watch:
         """An object that stays the same until something may have changed. What is read of the
         modules afterwards may be taken for granted as long as it does."""
         seen = self._seen
-        if (
-            not seen.numbers
-            or not _extension.have_numbers(self._objects, seen.dictionaries, owner, seen.numbers)
-            or any(cls.forward is not forward for cls, forward in seen.forwards)
+        if not seen.numbers or not _extension.have_numbers(
+            seen.objects, seen.dictionaries, owner, seen.numbers
         ):
             self._seen = seen = self._read(owner)
         return seen.mark
@@ -84,14 +82,13 @@ class Watch:
     def _read(self, owner: nn.Module) -> _Seen:
         if not hasattr(_extension, "numbers_of"):
             return _Seen(b"", [], [], object())
-        before = _extension.numbers_of(self._objects, [], owner)
-        classes = dict.fromkeys(map(type, self._objects))
-        forwards = [(cls, cls.forward) for cls in classes if hasattr(cls, "forward")]
+        objects = [*self._objects, *_written_classes(self._objects)]
+        before = _extension.numbers_of(objects, [], owner)
         dictionaries = list(self._dictionaries(owner))
-        numbers = _extension.numbers_of(self._objects, dictionaries, owner)
+        numbers = _extension.numbers_of(objects, dictionaries, owner)
         # If not, another thread has just put a dictionary in another's place.
         are_these = numbers.startswith(before)
-        return _Seen(numbers if are_these else b"", dictionaries, forwards, object())
+        return _Seen(numbers if are_these else b"", objects, dictionaries, object())
 
     def _dictionaries(self, owner: nn.Module) -> Iterator[dict]:
         yield torch_module._global_forward_hooks
@@ -104,13 +101,23 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a :class:`Watch` saw: the numbers of its objects' own dictionaries and of further ones,
-    empty where there are none, and the classes' forwards."""
+    """What a :class:`Watch` saw: the numbers of objects' own dictionaries and of further ones,
+    empty where there are none."""
 
     numbers: bytes
+    objects: list[Any]
     dictionaries: list[dict]
-    forwards: list[tuple[Any, Any]]
     mark: object
+
+
+# Py_TPFLAGS_HEAPTYPE: of a class statement, whose dictionary can change.
+_WRITTEN = 1 << 9
+
+
+def _written_classes(objects: list[Any]) -> list[type]:
+    """The classes of objects and their bases, as far as they were written in Python."""
+    bases = (base for cls in dict.fromkeys(map(type, objects)) for base in cls.__mro__)
+    return [base for base in dict.fromkeys(bases) if base.__flags__ & _WRITTEN]
 
 
 def are_same(objects: list[Any], others: list[Any]) -> bool:

@@ -200,7 +200,11 @@ def test_a_watch_notices_what_belongs_to_no_model(monkeypatch: pytest.MonkeyPatc
     freed = watch.look(model)
     assert freed is not hooked
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x)
-    assert watch.look(model) is not freed
+    replaced = watch.look(model)
+    assert replaced is not freed
+    # All classes of a model's modules have this one as a base.
+    monkeypatch.setattr(nn.Module, "scale", 2, raising=False)
+    assert watch.look(model) is not replaced
 
 
 @pytest.mark.parametrize("edit", ["elsewhere", "in place", "another"])

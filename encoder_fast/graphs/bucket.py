@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -99,5 +100,17 @@ def _tokens_at(rate: float, parameters: float) -> int:
 def float32_precision() -> str:
     """PyTorch's setting for float32 matrices on a GPU."""
     # Where the newer one was set, reading the older one is an error; PyTorch 2.8 has that alone.
-    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    return torch.get_float32_matmul_precision() if newer is None else newer
+    try:
+        return gemm_setting("fp32_precision")
+    except AttributeError:
+        return torch.get_float32_matmul_precision()
+
+
+def gemm_setting(name: str) -> Any:
+    """What ``torch.backends.cuda.matmul`` has under a name.
+
+    Raises:
+        AttributeError: this PyTorch has no such setting.
+    """
+    # A plain attribute access fails first and then comes here; that takes four times as long.
+    return torch.backends.cuda.matmul.__getattr__(name)

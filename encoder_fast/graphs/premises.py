@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families.family import is_library_code
-from encoder_fast.graphs.bucket import float32_precision
+from encoder_fast.graphs.bucket import float32_precision, gemm_setting
 from encoder_fast.looks import Watch
 from encoder_fast.ops.linear import Activation
 from encoder_fast.spec import EncoderSpec, SoftmaxAttention, epsilon
@@ -48,13 +48,12 @@ class Premises:
 
     def now(self) -> tuple:
         """What holds now; a forward recorded under an equal one is right."""
-        matmul = torch.backends.cuda.matmul
         return (
             self._numbers_of_modules(),
             float32_precision(),
-            matmul.allow_fp16_reduced_precision_reduction,
-            matmul.allow_bf16_reduced_precision_reduction,
-            matmul.allow_fp16_accumulation,
+            gemm_setting("allow_fp16_reduced_precision_reduction"),
+            gemm_setting("allow_bf16_reduced_precision_reduction"),
+            gemm_setting("allow_fp16_accumulation"),
             torch.are_deterministic_algorithms_enabled(),
         )
 
