@@ -46,7 +46,7 @@ class HeadState:
         self.original = original
         self._encoder_name = encoder_name
 
-    def __deepcopy__(self, memo: dict) -> HeadState:
+    def __copy__(self) -> HeadState:
         return HeadState(self.family, self.original, self._encoder_name)
 
     def attempt(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

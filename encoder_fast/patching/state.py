@@ -98,8 +98,8 @@ class _Ahead:
 class EncoderState:
     """What a patched encoder carries in its ``__dict__``.
 
-    It owns no parameter. A deep copy of the model gets a state of its own with the same options,
-    which reads the copy at its first call.
+    It owns no parameter. A copy of the model gets a state of its own with the same options, which
+    reads that copy at its first call.
     """
 
     entry = "forward"
@@ -125,7 +125,7 @@ class EncoderState:
         # A model that fell back is likely to do so again, and a graph launched for it is in vain.
         self._launches_ahead = True
 
-    def __deepcopy__(self, memo: dict) -> EncoderState:
+    def __copy__(self) -> EncoderState:
         return EncoderState(
             self.family,
             self.original,

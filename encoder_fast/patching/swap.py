@@ -58,8 +58,8 @@ def patch(model: M, backend: str = "auto", *, cuda_graphs: bool = False, strict:
             forward, instead of running and counting it.
 
     Returns:
-        The same object. Patching it again replaces the options and starts the counts anew. A deep
-        copy of it is patched; a pickle, such as a worker process gets, is not, and loads without
+        The same object. Patching it again replaces the options and starts the counts anew. A copy
+        of it is patched; a pickle, such as a worker process gets, is not, and loads without
         encoder_fast.
 
     Raises:
@@ -149,6 +149,27 @@ def _restore(module: nn.Module) -> None:
         module.__class__ = state.original
 
 
+class _Copier:
+    """What makes the new object where a patched module is copied or loaded.
+
+    Copying calls it as it is: the copy is patched, with a state of its own. A pickle has the plain
+    ``object.__new__`` in its place.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, cls: Any) -> nn.Module:
+        clone = object.__new__(type(self._module))
+        state = self._module.__dict__.get(STATE)
+        if state is not None:
+            clone.__dict__[STATE] = copy.copy(state)
+        return clone
+
+    def __reduce__(self) -> Any:
+        return getattr, (object, "__new__")
+
+
 # A cache alone lets two threads make two of one class, and unpatch knows the later one.
 _making = Lock()
 
@@ -174,24 +195,13 @@ def _make_fast_class(original: Any, entry: str) -> Any:
         # Looked up now: somebody may have replaced the class's own since.
         return getattr(original, entry)(self, *args, **kwargs)
 
-    def state_without_ours(self: nn.Module) -> dict[str, Any]:
-        return {key: value for key, value in self.__getstate__().items() if key != STATE}
-
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # A pickle holds the model as it was before: it loads without encoder_fast. The usual
         # constructor of pickles insists on the object's own class, which this is not to be. A class
-        # that somebody put on top stays.
-        cls = original if type(self) is fast else type(self)
-        return object.__new__, (cls,), state_without_ours(self)
-
-    def deepcopy(self: nn.Module, memo: dict) -> nn.Module:
-        # A copy of a patched model is patched, with a state of its own.
-        clone = object.__new__(type(self))
-        memo[id(self)] = clone
-        clone.__setstate__(copy.deepcopy(state_without_ours(self), memo))
-        if STATE in self.__dict__:
-            clone.__dict__[STATE] = copy.deepcopy(self.__dict__[STATE], memo)
-        return clone
+        # that somebody put on top stays. There is no __deepcopy__: a wrapper that hands unknown
+        # attributes on to this module would take it for its own.
+        state = {key: value for key, value in self.__getstate__().items() if key != STATE}
+        return _Copier(self), (original if type(self) is fast else type(self),), state
 
     namespace = {
         entry: method,
@@ -200,8 +210,6 @@ def _make_fast_class(original: Any, entry: str) -> Any:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    if not hasattr(original, "__deepcopy__"):
-        namespace["__deepcopy__"] = deepcopy
 
     def make(cls: Any, *args: Any, **kwargs: Any) -> Any:
         # type(model)(config) and type(model).from_pretrained make models that are not patched.
