@@ -365,16 +365,19 @@ def test_classify(tmp_path: Path, monkeypatch, to: str) -> None:
         assert given == found.probabilities
 
 
-@pytest.mark.parametrize("to", ["jsonl", "csv", "parquet"])
-def test_tag(tmp_path: Path, monkeypatch, to: str) -> None:
+@pytest.mark.parametrize(("to", "strategy"), [("jsonl", ""), ("csv", "none"), ("parquet", "max")])
+def test_tag(tmp_path: Path, monkeypatch, to: str, strategy: str) -> None:
     folder = tiny_model(tmp_path / "model", "BertForTokenClassification", **LABELS)
     out = tmp_path / f"out.{to}"
     if to == "parquet":
         pytest.importorskip("pyarrow")
     source = write_input(tmp_path, "jsonl")
     arguments = ("tag", source, "--column", "body", "-m", folder, "-o", out, *BLOCK)
+    if strategy:
+        arguments = (*arguments, "--aggregation-strategy", strategy)
     assert call(monkeypatch, *arguments) == 0
-    blocks = TextEncoder.from_pretrained(folder).tag_stream(TEXTS, block_size=4)
+    options = {"aggregation_strategy": strategy} if strategy else {}
+    blocks = TextEncoder.from_pretrained(folder).tag_stream(TEXTS, block_size=4, **options)
     expected = [
         (number, entity.label, entity.text, entity.start, entity.stop, entity.probability)
         for number, found in enumerate(found for block in blocks for found in block)
@@ -396,6 +399,7 @@ def test_tag(tmp_path: Path, monkeypatch, to: str) -> None:
     assert given == expected
     for number, _, text, start, stop, _ in given:
         assert TEXTS[number][start:stop] == text
+    assert call(monkeypatch, *arguments, "--aggregation-strategy", "mean") == 2
 
 
 def test_odd_ids(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -95,16 +95,20 @@ def test_classify_a_long_text(tokenizer: transformers.PreTrainedTokenizerBase) -
     assert whole.probabilities["yes"] == pytest.approx(cut.probabilities["yes"], abs=0.2)
 
 
-def test_tag_as_transformers_does(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    """transformers' pipeline with ``average`` aggregation is the reference."""
+@pytest.mark.parametrize("strategy", ["first", "average"])
+def test_tag_as_transformers_does(
+    tokenizer: transformers.PreTrainedTokenizerBase, strategy: str
+) -> None:
+    """``first``, the default, and another: transformers' pipeline is the reference."""
     model = headed("BertForTokenClassification", LABELS, seed=3)
     pipe = transformers.pipeline(
-        "token-classification", model, tokenizer=tokenizer, aggregation_strategy="average"
+        "token-classification", model, tokenizer=tokenizer, aggregation_strategy=strategy
     )
     texts = [text for text in TEXTS if text]
     expected = [pipe(text) for text in texts]
     assert sum(len(entities) for entities in expected) > 8
-    found = TextEncoder.from_pretrained(model, tokenizer).tag(texts)
+    options = {} if strategy == "first" else {"aggregation_strategy": strategy}
+    found = TextEncoder.from_pretrained(model, tokenizer).tag(texts, **options)
     for text, ours, theirs in zip(texts, found, expected, strict=True):
         assert [(e.label, e.start, e.stop) for e in ours] == [
             (e["entity_group"], e["start"], e["end"]) for e in theirs

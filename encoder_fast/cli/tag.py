@@ -30,6 +30,13 @@ def tag(
     id_column: options.ID_COLUMN = None,
     resume: options.RESUME = False,
     overwrite: options.OVERWRITE = False,
+    aggregation_strategy: Annotated[
+        Literal["none", "simple", "first", "average", "max"],
+        typer.Option(
+            help="A word has the label of its first token, of the average, or of the surest one; "
+            "simple and none read tokens, put together or one by one."
+        ),
+    ] = "first",
     long_text: Annotated[
         options.LongText,
         typer.Option(help="Read texts that are too long in windows, cut them, or stop."),
@@ -52,6 +59,7 @@ def tag(
     Examples:
       encoder-fast tag letters.txt -m ./my-tagger
       encoder-fast tag news.jsonl --id-column url -m ./my-tagger -o entities.csv
+      encoder-fast tag news.txt -m ./my-tagger --aggregation-strategy average -o entities.jsonl
       echo "Ada Lovelace lived in London." | encoder-fast tag - -m ./my-tagger
     """
     from encoder_fast.cli.job import Job, Results
@@ -66,7 +74,11 @@ def tag(
 
     def stream(encoder: TextEncoder, texts: Iterable[str], show: bool) -> Iterator[Results]:
         blocks = encoder.tag_stream(
-            texts, long_text=long_text, block_size=block_size, show_progress=show
+            texts,
+            aggregation_strategy=aggregation_strategy,
+            long_text=long_text,
+            block_size=block_size,
+            show_progress=show,
         )
         for block in blocks:
             yield [{"entities": [asdict(entity) for entity in found]} for found in block]
@@ -83,7 +95,12 @@ def tag(
         stream=stream,
         empty=lambda encoder: [],
         writer=lambda encoder: writers[target.format],
-        options={"command": "tag", "long_text": long_text, "block size": block_size},
+        options={
+            "command": "tag",
+            "aggregation strategy": aggregation_strategy,
+            "long_text": long_text,
+            "block size": block_size,
+        },
         quiet=quiet,
     ).run()
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from encoder_fast.text import rerank
 from encoder_fast.text.batching import TokenBudget
 from encoder_fast.text.classify import Classification, classifications, label_names
+from encoder_fast.text.labels import read_labels
 from encoder_fast.text.loading import load
 from encoder_fast.text.pipeline import Block, Compute, Pipeline, Plan
 from encoder_fast.text.reporting import TextReport, warn_caller
 from encoder_fast.text.runner import Runner
 from encoder_fast.text.settings import Settings, longest_input, positions
-from encoder_fast.text.tag import Entity, entities
+from encoder_fast.text.tag import Entity, check_strategy, entities
 from encoder_fast.text.texts import check_iterable, encodable
 from encoder_fast.text.tokenising import Tokeniser
 from encoder_fast.text.tokens import TokenEmbeddings, per_token
@@ -304,19 +305,33 @@ class TextEncoder:
         self,
         texts: str | Iterable[str],
         *,
+        aggregation_strategy: str = "first",
         long_text: str = "chunk",
         show_progress: bool = False,
     ) -> Any:
         """The named entities of each text, however long.
+
+        Args:
+            aggregation_strategy: how labels of tokens become entities, by transformers' names. A
+                word has the label of its ``first`` token, of the ``average`` of its tokens'
+                probabilities, or of the token that is surest (``max``); ``simple`` puts tokens
+                together without regard to words, and ``none`` gives each token by itself. Words
+                are told by the text and not by the tokenizer (``docs/classify-and-tag.md``).
 
         Returns:
             For each text a list of :class:`Entity`, with character offsets into it; one such list
             for a single string.
 
         Raises:
-            ValueError: the model has no token classification head, or its tokenizer no offsets.
+            ValueError: the model has no token classification head, or its tokenizer no offsets; or
+                no such strategy.
         """
-        blocks = self.tag_stream(texts, long_text=long_text, show_progress=show_progress)
+        blocks = self.tag_stream(
+            texts,
+            aggregation_strategy=aggregation_strategy,
+            long_text=long_text,
+            show_progress=show_progress,
+        )
         found = [one for block in blocks for one in block]
         return found[0] if isinstance(texts, str) else found
 
@@ -324,19 +339,29 @@ class TextEncoder:
         self,
         texts: Iterable[str],
         *,
+        aggregation_strategy: str = "first",
         long_text: str = "chunk",
         block_size: int | None = None,
         show_progress: bool = False,
     ) -> Iterator[list[list[Entity]]]:
         """As :meth:`tag`, a block of texts at a time; see :meth:`encode_stream`."""
         self._need_head("ForTokenClassification", "tag")
-        names = label_names(self.model.config)
+        check_strategy(aggregation_strategy)
+        labels = read_labels(label_names(self.model.config))
+        spaces = self._pipeline.tokeniser.space_ids
         lead = len(self._pipeline.single.specials[0])
         plan = Plan(long_text, detail=True, block_size=block_size)
         blocks = self._run(_listed(texts), plan, self._runner.token_scores, show_progress)
         return (
             [
-                entities(text.text, text.tokens, torch.softmax(text.content, dim=-1).numpy(), names)
+                entities(
+                    text.text,
+                    text.tokens,
+                    torch.softmax(text.content, dim=-1).numpy(),
+                    labels,
+                    aggregation_strategy,
+                    spaces,
+                )
                 for text in per_token(block, results, lead)
             ]
             for block, results in blocks

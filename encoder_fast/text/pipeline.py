@@ -188,7 +188,7 @@ def _numbered(parts: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
 
 def _split(tokens: Tokens, prompt: int) -> tuple[np.ndarray, Tokens]:
     """The ids of a prompt of ``prompt`` characters, and the tokens of the text after it."""
-    assert tokens.offsets is not None and tokens.words is not None
+    assert tokens.offsets is not None
     inside = int(np.searchsorted(tokens.offsets[:, 1], prompt, side="right"))
     offsets = np.maximum(tokens.offsets[inside:] - prompt, 0)
-    return tokens.ids[:inside], Tokens(tokens.ids[inside:], offsets, tokens.words[inside:])
+    return tokens.ids[:inside], Tokens(tokens.ids[inside:], offsets)

@@ -15,6 +15,9 @@ import numpy as np
 # Something that any vocabulary has tokens for, to see what special tokens are put around it.
 _PROBES = ("a", ".", "1", "C")
 
+# What sentencepiece and byte-level tokenizers put in place of a space.
+_SPACES = ("\u2581", "\u0120")
+
 UNLIMITED = 1_000_000
 """A ``model_max_length`` above this is a tokenizer's way to say that it has none."""
 
@@ -26,13 +29,10 @@ class Tokens:
     Attributes:
         ids: int64 ``(n,)``.
         offsets: int64 ``(n, 2)``, the characters that each token covers; ``None`` if not asked for.
-        words: int64 ``(n,)``, which word of the text each token belongs to, -1 for none; ``None``
-            if not asked for.
     """
 
     ids: np.ndarray
     offsets: np.ndarray | None = None
-    words: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +101,18 @@ class Tokeniser:
     def has_offsets(self) -> bool:
         return self._fast is not None
 
+    @property
+    def space_ids(self) -> np.ndarray:
+        """The ids of tokens that stand for a space and nothing else, int64 ``(n,)``.
+
+        Their offsets don't tell: one that was put before a word has those of the word's first
+        character.
+        """
+        if self._fast is None:
+            return np.zeros(0, dtype=np.int64)
+        ids = [self._fast.token_to_id(space) for space in _SPACES]
+        return np.array([i for i in ids if i is not None], dtype=np.int64)
+
     def _put_lower_case_first(self) -> None:
         from tokenizers.normalizers import Lowercase, Sequence
 
@@ -108,7 +120,7 @@ class Tokeniser:
         self._fast.normalizer = Sequence([Lowercase()] if rest is None else [Lowercase(), rest])
 
     def tokens(self, texts: list[str], *, detail: bool = False) -> list[Tokens]:
-        """Tokenise, without special tokens; with offsets and words where ``detail`` is set."""
+        """Tokenise, without special tokens; with offsets where ``detail`` is set."""
         if self._fast is None:
             return [Tokens(np.array(ids, dtype=np.int64)) for ids in self._call_slow(texts)]
         if not detail:
@@ -118,7 +130,6 @@ class Tokeniser:
             Tokens(
                 np.array(e.ids, dtype=np.int64),
                 np.array(e.offsets, dtype=np.int64).reshape(-1, 2),
-                np.array([-1 if w is None else w for w in e.word_ids], dtype=np.int64),
             )
             for e in self._fast.encode_batch(texts, add_special_tokens=False)
         ]

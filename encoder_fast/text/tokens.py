@@ -67,7 +67,6 @@ def per_token(block: Block, results: list[Tensor], lead: int) -> Iterator[PerTok
             tokens=Tokens(
                 tokens.ids[read],
                 None if tokens.offsets is None else tokens.offsets[read],
-                None if tokens.words is None else tokens.words[read],
             ),
             content=torch.cat(content),
             before=values[0][:lead],
