@@ -15,6 +15,7 @@ import transformers
 from berts import DEVICE, DTYPES, minilm, minilm_path, tiny
 
 from encoder_fast import TextEncoder
+from encoder_fast.backends import reference
 from encoder_fast.parity import compare
 from encoder_fast.text.batching import TokenBudget, is_out_of_memory
 from encoder_fast.text.vectors import quantise
@@ -413,6 +414,18 @@ def test_the_backend_asked_for() -> None:
     assert ours.report().model.encoders[0].backend == "reference"
     with pytest.raises(ValueError, match="backend must be"):
         TextEncoder.from_pretrained(minilm(), _tokenizer(), backend="cudnn")
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_the_backend_asked_for_pools_too(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    ours = TextEncoder.from_pretrained(
+        minilm().to(DEVICE), _tokenizer(), pooling=mode, backend="reference"
+    )
+    seen = []
+    original = reference.pool
+    monkeypatch.setattr(reference, "pool", lambda *given: seen.append(given) or original(*given))
+    ours.encode(["Paris", "Berlin is in Germany"])
+    assert [given[2] for given in seen] == [mode]
 
 
 def test_a_tokenizer_of_another_model() -> None:

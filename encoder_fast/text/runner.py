@@ -32,6 +32,7 @@ class Runner:
 
     def __init__(self, model: nn.Module, backend: str, cuda_graphs: bool = False) -> None:
         self.model = model
+        self._backend = backend
         self.encoder: nn.Module = model.base_model
         self.refusal: str | None = None
         self.packed = self.padded = 0
@@ -122,7 +123,7 @@ class Runner:
         return output
 
     def _pool_backend(self, device: torch.device) -> str:
-        return "reference" if self.refusal is not None else resolve("auto", device)[0]
+        return "reference" if self.refusal is not None else resolve(self._backend, device)[0]
 
     def _pack(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None, PackedBatch]:
         ids = np.concatenate([row.ids for row in rows])
