@@ -24,6 +24,7 @@ _EXPORTS = {
     "UnsupportedModelError": "encoder_fast.errors",
     "FallbackError": "encoder_fast.errors",
     "BackendUnavailableError": "encoder_fast.errors",
+    "ModelFilesError": "encoder_fast.errors",
     "ParityError": "encoder_fast.errors",
 }
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from encoder_fast.errors import (
         BackendUnavailableError,
         FallbackError,
+        ModelFilesError,
         ParityError,
         UnsupportedModelError,
     )
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BackendUnavailableError",
     "FallbackError",
+    "ModelFilesError",
     "ParityError",
     "TextEncoder",
     "UnsupportedModelError",

@@ -15,6 +15,13 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and can't run here. The message says why."""
 
 
+class ModelFilesError(ValueError):
+    """A file of a model's folder is damaged, or asks for something that is not supported.
+
+    The message names the file and, where it has one, the key.
+    """
+
+
 class ParityError(AssertionError):
     """A patched model breaks the parity rule."""
 

@@ -95,7 +95,7 @@ def test_what_a_folder_wants_to_be_loaded_with(tmp_path: Path) -> None:
     # what the caller asks for comes first
     assert TextEncoder.from_pretrained(path, dtype="float32").model.dtype == torch.float32
     (path / "sentence_bert_config.json").write_text('{"config_args": {"hidden_act": "relu"}}')
-    with pytest.raises(ValueError, match="changes the model's configuration"):
+    with pytest.raises(ValueError, match=r"config_args\.hidden_act"):
         TextEncoder.from_pretrained(path)
 
 

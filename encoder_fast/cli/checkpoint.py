@@ -17,6 +17,7 @@ from encoder_fast.cli.errors import UserError, first_line
 from encoder_fast.cli.loading import check_device, quiet_transformers
 from encoder_fast.cli.measuring import Contestant
 from encoder_fast.environment import Info
+from encoder_fast.text.files import check_files
 from encoder_fast.text.loading import load_tokenizer
 from encoder_fast.text.settings import Settings, longest_input, transformer_folder
 
@@ -47,13 +48,16 @@ class Checkpoint:
         self.passages = read_passages()
         try:
             subfolder = transformer_folder(path)
-            self._folder = {"subfolder": subfolder}
-            config = self._transformers.AutoConfig.from_pretrained(path, subfolder=subfolder)
+            check_files(path, subfolder)
+            self._folder = {"subfolder": subfolder, "trust_remote_code": False}
+            config = self._transformers.AutoConfig.from_pretrained(path, **self._folder)
             self.tokenizer = load_tokenizer(path, subfolder)
         except Exception as error:
             raise self._wrong("no model with a tokenizer", error) from error
         name = (getattr(config, "architectures", None) or [""])[0]
-        has_head = whole and hasattr(self._transformers, name)
+        kind = getattr(self._transformers, name, None) if whole else None
+        # a folder may call anything of transformers its architecture
+        has_head = isinstance(kind, type) and issubclass(kind, self._transformers.PreTrainedModel)
         self._class = getattr(self._transformers, name if has_head else "AutoModel")
         self.head = name if has_head else ""
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encoder_fast.errors import ModelFilesError
+
 
 @dataclass(frozen=True, slots=True)
 class Classification:
@@ -48,5 +50,12 @@ def classifications(logits: Tensor, config: Any) -> list[Classification]:
 
 
 def label_names(config: Any) -> list[str]:
-    """The names of a head's outputs, in order."""
-    return [str(config.id2label[index]) for index in range(config.num_labels)]
+    """The names of a head's outputs, in order.
+
+    Raises:
+        ModelFilesError: one has no name.
+    """
+    names = [config.id2label.get(index) for index in range(config.num_labels)]
+    if None in names:
+        raise ModelFilesError(f"config.json names no label {names.index(None)} in id2label")
+    return [str(name) for name in names]

@@ -95,7 +95,8 @@ class TextEncoder:
 
         Raises:
             FileNotFoundError: no such folder.
-            ValueError: no tokenizer, or something in the model's files that is not supported.
+            ValueError: no tokenizer, or an option has a value that it can't have.
+            ModelFilesError: a file of the model is damaged, or asks for what is not supported.
             UnsupportedModelError, BackendUnavailableError: only for a backend asked for by name, or
                 with ``cuda_graphs``.
         """
@@ -183,7 +184,7 @@ class TextEncoder:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
         if return_chunks and long_text != "chunk":
             raise ValueError(f"return_chunks needs long_text='chunk', got {long_text!r}")
-        plan = Plan(long_text, self._prompt(prompt), detail=return_chunks)
+        plan = Plan(long_text, self._prompt(prompt, "SentenceTransformer"), detail=return_chunks)
         finish = self._finish(normalize, truncate_dim)
         if return_chunks:
             return self._encode_chunks(_listed(texts), plan, finish, precision, show_progress)
@@ -217,7 +218,7 @@ class TextEncoder:
         Yields:
             Float32 vectors ``(n, D)`` of the next ``n`` texts, in order.
         """
-        plan = Plan(long_text, self._prompt(prompt), block_size=block_size)
+        plan = Plan(long_text, self._prompt(prompt, "SentenceTransformer"), block_size=block_size)
         finish = self._finish(normalize, truncate_dim)
         return self._encode_blocks(_listed(texts), plan, finish, show_progress)
 
@@ -373,6 +374,7 @@ class TextEncoder:
         texts: Iterable[str],
         *,
         top_k: int | None = None,
+        prompt: str | None = None,
         long_text: str = "truncate",
         show_progress: bool = False,
     ) -> list[rerank.Ranked]:
@@ -380,6 +382,7 @@ class TextEncoder:
 
         Args:
             top_k: how many are returned; all where ``None``.
+            prompt: as for :meth:`encode`, put before the query.
             long_text: ``truncate`` shortens the longer of query and text; with ``chunk`` a text
                 scores as its best window does.
 
@@ -389,13 +392,15 @@ class TextEncoder:
         self._need_head("ForSequenceClassification", "rerank")
         if not isinstance(query, str):
             raise TypeError(f"query must be a string, got {type(query).__name__}")
-        (tokens,) = self._pipeline.tokeniser.tokens([encodable(query)])
+        asked = self._prompt(prompt, "CrossEncoder") + encodable(query)
+        (tokens,) = self._pipeline.tokeniser.tokens([asked])
         plan = Plan(long_text, query=tokens.ids)
+        activation = self.settings.activation
         ranked: list[rerank.Ranked] = []
         blocks = self._run(_listed(texts), plan, self._runner.scores, show_progress)
         for block, results in blocks:
             best = whole_texts(torch.stack(results).cpu(), block.windows, "max")
-            scores = rerank.activate(best, self.model.config).tolist()
+            scores = rerank.activate(best, activation, self.model.config).tolist()
             ranked += [
                 rerank.Ranked(len(ranked) + number, score, text)
                 for number, (score, text) in enumerate(zip(scores, block.texts, strict=True))
@@ -467,12 +472,15 @@ class TextEncoder:
         text, start, stop = np.array(places, dtype=np.int64).reshape(-1, 3).T
         return Chunks(quantise(np.concatenate(parts), precision), text, start, stop)
 
-    def _prompt(self, prompt: str | None) -> str:
-        prompts = self.settings.prompts
+    def _prompt(self, prompt: str | None, kind: str) -> str:
+        """The text for ``prompt``, in a method that is that ``kind`` of model's own."""
+        settings = self.settings
+        prompts = settings.prompts if settings.kind == kind else {}
         if prompt is not None and not isinstance(prompt, str):
             raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
         if prompt is None:
-            return prompts.get(self.settings.default_prompt or "", "")
+            default = settings.default_prompt
+            return "" if default is None else encodable(prompts.get(default, ""))
         return encodable(prompts.get(prompt, prompt))
 
     def _finish(self, normalize: bool | None, truncate_dim: int | None) -> Finish:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from encoder_fast.errors import ModelFilesError
 from encoder_fast.ops.pool import MODES
-from encoder_fast.text.settings import (
-    Settings,
+from encoder_fast.text.files import (
+    check_files,
+    check_tokenizer_files,
     find_file,
     join,
-    live_settings,
-    read_settings,
+    loading,
 )
+from encoder_fast.text.settings import Settings, live_settings, model_kind, read_settings
 
 _HEADS = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -36,7 +38,8 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: no tokenizer, an unknown dtype or pooling, a module that is not supported.
+        ModelFilesError: a file is damaged, or asks for what is not supported.
+        ValueError: no tokenizer, an unknown dtype or pooling.
     """
     if pooling is not None and pooling not in MODES:
         raise ValueError(f"pooling must be one of {MODES}, got {pooling!r}")
@@ -49,6 +52,7 @@ def load(
         path = os.fspath(path_or_model)
         _check_path(path)
         settings = read_settings(path, pooling)
+        check_files(path, settings.subfolder)
         model = _load_model(path, settings, wanted)
         if tokenizer is None:
             tokenizer = load_tokenizer(path, settings.subfolder, settings.tokenizer_options)
@@ -70,10 +74,12 @@ def _take_apart(model: Any, pooling: str | None) -> tuple[nn.Module, Any, Settin
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if inner is None:
         raise ValueError(f"a {type(model).__name__} holds no Hugging Face model")
-    if type(model).__name__ == "SentenceTransformer":
-        return inner, model.tokenizer, live_settings(model, pooling)
+    tokenizer = getattr(model, "tokenizer", None)
+    kind = model_kind(model)
+    if kind is not None:
+        return inner, tokenizer, live_settings(model, kind, pooling)
     settings = Settings(pooling=pooling or "mean", max_length=getattr(model, "max_length", None))
-    return inner, getattr(model, "tokenizer", None), settings
+    return inner, tokenizer, settings
 
 
 def _check_path(path: str) -> None:
@@ -85,36 +91,49 @@ def _check_path(path: str) -> None:
 def _load_model(path: str, settings: Settings, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
-    subfolder = settings.subfolder
-    config = transformers.AutoConfig.from_pretrained(path, subfolder=subfolder)
-    name = (getattr(config, "architectures", None) or [""])[0]
-    loader = next((auto for head, auto in _HEADS.items() if name.endswith(head)), "AutoModel")
     options = {"dtype": "auto", **settings.model_options}
     if "torch_dtype" in options:
         options["dtype"] = options.pop("torch_dtype")
     if dtype is not None:
         options["dtype"] = dtype
-    return getattr(transformers, loader).from_pretrained(path, subfolder=subfolder, **options)
+    # Both said aloud: left open, transformers asks on the terminal whether code may run, and
+    # takes what comes on standard input for the answer.
+    safe = {"subfolder": settings.subfolder, "trust_remote_code": False}
+    with loading(f"{join(settings.subfolder, 'config.json')} of {path}"):
+        config = transformers.AutoConfig.from_pretrained(path, **safe)
+    name = (config.architectures or [""])[0]
+    auto = next((auto for head, auto in _HEADS.items() if name.endswith(head)), "AutoModel")
+    with loading(f"the model of {path}"):
+        options |= {**safe, "weights_only": True}
+        return getattr(transformers, auto).from_pretrained(path, **options)
 
 
 def load_tokenizer(path: str, subfolder: str, options: Mapping[str, Any] | None = None) -> Any:
     """The tokenizer of a folder or hub repository.
 
     Raises:
-        ValueError: it has none.
+        ModelFilesError: it has none, or one that can't be used.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+    check_tokenizer_files(path, subfolder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, subfolder=subfolder, **options or {})
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        # a tokenizer's errors are of any class, tokenizers' own is Exception itself
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, **(options or {}), subfolder=subfolder, trust_remote_code=False
+        )
+    except Exception as error:
         # transformers 4 looks for another format, and so for protobuf, where there are no files
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} has no tokenizer that can be loaded: {reason}") from error
+        raise ModelFilesError(f"{path} has no tokenizer that can be loaded: {reason}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ModelFilesError(f"the tokenizer of {path} is a {type(tokenizer).__name__}")
     # Where there are no files, transformers 5 makes a tokenizer without a vocabulary.
     names = tokenizer.vocab_files_names.values() or ("tokenizer_config.json",)
     if all(find_file(path, join(subfolder, name)) is None for name in names):
-        raise ValueError(f"{path} has no tokenizer that can be loaded: none of {', '.join(names)}")
+        raise ModelFilesError(
+            f"{path} has no tokenizer that can be loaded: none of {', '.join(names)}"
+        )
     return tokenizer
 
 

@@ -94,7 +94,7 @@ class Tokeniser:
                 self._put_lower_case_first()
         self.truncation_side = getattr(tokenizer, "truncation_side", "right")
         limit = getattr(tokenizer, "model_max_length", None)
-        self.max_length = limit if limit is not None and limit <= UNLIMITED else None
+        self.max_length = int(limit) if limit is not None and limit <= UNLIMITED else None
         self._uses_types = "token_type_ids" in getattr(tokenizer, "model_input_names", ())
 
     @property

@@ -1,0 +1,171 @@
+"""The files of a model's folder: found, read, and checked before anything is made of them.
+
+Nobody has vouched for who wrote the folder, so no file in it may name code to run, or a place
+outside the folder to read. Links are followed: a hub cache is made of them, no hub hands out any,
+and whoever can put one on this disk can put the file there as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from encoder_fast.errors import ModelFilesError
+from encoder_fast.text.keys import CONFIG, TOKENIZER_FILE, check
+
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+def join(folder: str, name: str) -> str:
+    """The path of a file inside a repository; ``folder`` may be empty."""
+    return str(PurePosixPath(folder) / name)
+
+
+def find_file(path: str, name: str) -> str | None:
+    """Where a file of a local folder or hub repository is; ``None`` where there is no such."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(path, name)
+    except OSError:
+        return None
+
+
+def read_object(path: str, name: str) -> dict[str, Any] | None:
+    """The JSON object in a file of ``path``; ``None`` where there is no such file."""
+    found = read_json(path, name)
+    if found is not None and not isinstance(found, dict):
+        raise ModelFilesError(f"{name} of {path} must be an object, not {_kind(found)}")
+    return found
+
+
+def read_list(path: str, name: str) -> list[dict[str, Any]] | None:
+    """The JSON list of objects in a file of ``path``; ``None`` where there is no such file."""
+    found = read_json(path, name)
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ModelFilesError(f"{name} of {path} must be a list of objects, not {_kind(found)}")
+    return found
+
+
+def read_json(path: str, name: str) -> Any:
+    """What a JSON file of ``path`` says; ``None`` where there is no such file.
+
+    Raises:
+        ModelFilesError: it is no JSON, or says nothing, or one key twice.
+    """
+    found = find_file(path, name)
+    if found is None:
+        return None
+    try:
+        text = Path(found).read_text("utf-8")
+        content = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        raise ModelFilesError(f"{name} of {path} is no JSON: {error}") from None
+    if content is None:
+        raise ModelFilesError(f"{name} of {path} says null")
+    return content
+
+
+def inside(place: Any, what: str) -> str:
+    """``place``, a path that a file of a model has for ``what``, if it stays in the folder."""
+    if not isinstance(place, str):
+        raise ModelFilesError(f"{what} must be a string, not {_kind(place)}")
+    # a folder that was written on one system may be read on another
+    parts = PureWindowsPath(place)
+    if parts.anchor or place.startswith("~") or ".." in parts.parts or "\0" in place:
+        raise ModelFilesError(f"{what} is {place!r}, which leaves the model's folder")
+    return place
+
+
+def check_files(path: str, subfolder: str) -> None:
+    """Check the files that transformers reads by itself, before it does.
+
+    Raises:
+        ModelFilesError: one of them names code, a kernel, or a file outside the folder.
+    """
+    check_tokenizer_files(path, subfolder)
+    for folder in {"", subfolder}:
+        if find_file(path, join(folder, "adapter_config.json")) is not None:
+            raise ModelFilesError(
+                f"{path} has an adapter_config.json, and adapters are not loaded from files: "
+                "merge it into the model, or load the model and give that"
+            )
+    name = join(subfolder, "config.json")
+    _check_config(read_object(path, name) or {}, f"{name} of {path}")
+    for name in (join(subfolder, index) for index in _INDEXES):
+        parts = (read_object(path, name) or {}).get("weight_map", {})
+        if not isinstance(parts, dict):
+            raise ModelFilesError(f"weight_map in {name} of {path} must be an object")
+        for part in parts.values():
+            inside(part, f"a weight's file in {name} of {path}")
+
+
+def check_tokenizer_files(path: str, subfolder: str) -> None:
+    """The part of :func:`check_files` that is about a tokenizer."""
+    name = join(subfolder, "tokenizer_config.json")
+    config = read_object(path, name) or {}
+    known = {key: value for key, value in config.items() if key in TOKENIZER_FILE}
+    check(known, TOKENIZER_FILE, f"{name} of {path}")
+    for key, value in config.items():
+        # Versions before 5 open what these keys name, wherever it is. Many a folder has a path of
+        # its author's machine here, which does no harm as long as nothing is there.
+        if key.endswith("_file") and isinstance(value, str) and _is_elsewhere(value, path):
+            raise ModelFilesError(
+                f"{key} in {name} of {path} is {value!r}, which leaves the model's folder"
+            )
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Make one error of the many that transformers has for files that it can't use."""
+    try:
+        yield
+    except (OSError, ModelFilesError, MemoryError):
+        raise
+    except Exception as error:
+        # tokenizers and safetensors have exceptions of their own
+        reason = " ".join(str(error).split())
+        raise ModelFilesError(
+            f"{what} can't be loaded: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _check_config(config: Mapping[str, Any], label: str) -> None:
+    """Look at a configuration and those inside it; keys without a rule are transformers' own."""
+    rest = [config]
+    while rest:
+        one = rest.pop()
+        check({key: value for key, value in one.items() if key in CONFIG}, CONFIG, label)
+        if one.get("transformers_weights") is not None:
+            inside(one["transformers_weights"], f"transformers_weights in {label}")
+        rest += [value for value in one.values() if isinstance(value, dict)]
+
+
+def _is_elsewhere(file: str, path: str) -> bool:
+    return os.path.exists(file) and Path(path).resolve() not in Path(file).resolve().parents
+
+
+def _kind(value: Any) -> str:
+    return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(
+        type(value), f"{value!r:.40}"
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} is there twice")
+    return found
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)
