@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -163,9 +164,31 @@ def expect(module: nn.Module, *names: str) -> nn.Module:
         raise UnsupportedModelError(
             f"a {cls.__module__}.{cls.__name__} stands where {' or '.join(names)} is expected"
         )
-    if not is_library_code(cls.forward) or "forward" in module.__dict__:
+    if not is_library_code(cls.forward) or has_own_forward(module):
         raise UnsupportedModelError(f"the forward of {cls.__name__} was replaced")
     return module
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward on the instance does something else than the one of its class.
+
+    accelerate leaves the module's own method there when it removes a hook, bound again.
+    """
+    if "forward" not in module.__dict__:
+        return False
+    own = module.__dict__["forward"]
+    while type(own) is functools.partial and not own.args and not own.keywords:
+        own = own.func
+    if not inspect.ismethod(own) or own.__self__ is not module:
+        return True
+    # accelerate's unwrap_model takes off every decorator, those of the class's own forward too.
+    cls: Any = type(module)
+    function = cls.forward
+    while function is not own.__func__:
+        if not hasattr(function, "__wrapped__"):
+            return True
+        function = function.__wrapped__
+    return False
 
 
 def expect_default_ids(embeddings: nn.Module) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from encoder_fast.families import Family
-from encoder_fast.families.family import is_library_code
+from encoder_fast.families.family import has_own_forward, is_library_code
 
 _wanted_of: ContextVar[nn.Module | None] = ContextVar("first_token_of", default=None)
 
@@ -64,22 +64,23 @@ class HeadState:
         """Whether nobody but the library's own code sees what the encoder returns."""
         if not self.family.reads_first_token_alone(self.original, model):
             return False
-        if has_hooks(encoder):
+        if is_watched(encoder):
             return False
         readers = [m for name, m in model.named_children() if name != self._encoder_name]
         readers += [m for name, m in encoder.named_children() if name == "pooler"]
-        return not any(
-            has_hooks(module) or _is_replaced(module)
-            for reader in readers
-            for module in reader.modules()
-        )
+        return not any(is_watched(module) for reader in readers for module in reader.modules())
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what the module is given or returns."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+_CODE = ("transformers.", "torch.nn.", "sentence_transformers.", "encoder_fast.")
 
 
-def _is_replaced(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
+    """Whether code of the user's own may see what the module is given or returns: a hook, or a
+    forward on the instance or in its class."""
     cls: Any = type(module)
-    return "forward" in module.__dict__ or not is_library_code(cls.forward)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or has_own_forward(module)
+        or not is_library_code(cls.forward, _CODE)
+    )

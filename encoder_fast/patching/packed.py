@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from encoder_fast.errors import NotFastError
 from encoder_fast.packing import PackedBatch
+from encoder_fast.patching.head import is_watched
 from encoder_fast.patching.locate import STATE
 
 _known: ContextVar[PackedBatch | None] = ContextVar("known_batch", default=None)
@@ -66,8 +67,8 @@ def encode_packed(
     state: Any = model.__dict__.get(STATE)
     if state is None:
         raise NotFastError("the model is not patched")
-    if model._forward_hooks or model._forward_pre_hooks:
-        raise NotFastError("a hook on the encoder, which only a call runs")
+    if is_watched(model):
+        raise NotFastError("a hook or a forward on the encoder, which only a call runs")
     # Only the ids are padded, so that this call and a padded one share all that follows.
     inputs = {"input_ids": batch.unpack(input_ids)}
     if token_type_ids is not None:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoder_fast.families.family import is_library_code
+from encoder_fast.families.family import has_own_forward, is_library_code
 from encoder_fast.ops import pool
 from encoder_fast.packing import PackedBatch
-from encoder_fast.patching.head import has_hooks
+from encoder_fast.patching.head import is_watched
 from encoder_fast.patching.locate import STATE, original_class
 
 _LIBRARY = ("sentence_transformers.",)
@@ -186,7 +186,7 @@ def _read_pipeline(model: Any) -> PackedPooling | None:
     encoder = transformer.auto_model
     pooler = getattr(encoder, "pooler", None)
     unheard = [encoder] if pooler is None else [encoder, *pooler.modules()]
-    return None if any(map(has_hooks, unheard)) else PackedPooling(encoder, modes)
+    return None if any(map(is_watched, unheard)) else PackedPooling(encoder, modes)
 
 
 def _modes(pooling: Any) -> tuple[str, ...]:
@@ -210,7 +210,7 @@ def _is_untouched(module: Any, *names: str, methods: tuple[str, ...] = ("forward
     """Whether it is one of the library's own, and nobody looks at what it is given or returns."""
     return (
         _is_own(module, *names, methods=methods)
-        and not has_hooks(module)
+        and not is_watched(module)
         and getattr(module, "_compiled_call_impl", None) is None
     )
 
@@ -218,6 +218,7 @@ def _is_untouched(module: Any, *names: str, methods: tuple[str, ...] = ("forward
 def _is_own(module: nn.Module, *names: str, methods: tuple[str, ...] = ("forward",)) -> bool:
     cls = original_class(module)
     return cls.__name__ in names and all(
-        name not in module.__dict__ and is_library_code(getattr(cls, name, None), _LIBRARY)
+        is_library_code(getattr(cls, name, None), _LIBRARY)
+        and (not has_own_forward(module) if name == "forward" else name not in module.__dict__)
         for name in methods
     )

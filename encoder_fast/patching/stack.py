@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from encoder_fast.errors import NotFastError
 from encoder_fast.families import Family
+from encoder_fast.families.family import has_own_forward
 from encoder_fast.looks import (
     Edge,
     Watch,
@@ -108,7 +109,7 @@ class Stack:
                 or state["_forward_hooks"]
                 or "forward" in state
             ):
-                _object(name, cls, state)
+                _object(name, child)
         return True
 
 
@@ -117,13 +118,14 @@ def _beside(model: Any) -> list[Any]:
     return [model.config, getattr(model, "pooler", None)]
 
 
-def _object(name: str, cls: Any, state: dict[str, Any]) -> None:
+def _object(name: str, child: nn.Module) -> None:
     """Raise unless what stands out about a module is harmless."""
+    state, cls = child.__dict__, type(child)
     if state["training"]:
         raise NotFastError(f"training mode ({name} is in it; call model.eval())")
     if state["_forward_pre_hooks"] or _has_user_hook(state["_forward_hooks"]):
         raise NotFastError(f"a hook on {cls.__name__} inside the stack")
-    if "forward" in state:
+    if has_own_forward(child):
         raise NotFastError(f"the forward of a {cls.__name__} inside the stack was replaced")
 
 

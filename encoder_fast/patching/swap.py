@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -22,6 +23,7 @@ from torch import nn
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families import find_family, unsupported
+from encoder_fast.families.family import has_own_forward
 from encoder_fast.patching.head import HeadState
 from encoder_fast.patching.locate import STATE, original_class, root_module
 from encoder_fast.patching.sentence import ContainerState, PoolingState, sentence_states
@@ -114,7 +116,7 @@ def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> li
         pools_first = not all(family.is_token_level(parent) for parent, _ in parents)
         state = EncoderState(family, original, backend, strict, pools_first, cuda_graphs)
         try:
-            if "forward" in module.__dict__:
+            if has_own_forward(module):
                 raise UnsupportedModelError("its forward was replaced on the instance")
             state.read(module)
             for parent, _ in parents:
@@ -137,6 +139,9 @@ def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> li
 
 def _install(module: nn.Module, state: State) -> None:
     module.__dict__[STATE] = state
+    # The original method, left behind by a hook, would run in place of the one that asks the state.
+    if "forward" in module.__dict__ and not has_own_forward(module):
+        del module.__dict__["forward"]
     fast = _fast_class(state.original, state.entry)
     if not isinstance(module, fast):  # as it is below a class that somebody put on top
         module.__class__ = fast
@@ -185,7 +190,9 @@ def _fast_class(original: Any, entry: str) -> Any:
 
 @functools.cache
 def _make_fast_class(original: Any, entry: str) -> Any:
-    @functools.wraps(getattr(original, entry))
+    forward = getattr(original, entry)
+
+    @functools.wraps(forward)
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state = self.__dict__.get(STATE)
         if state is not None and not torch.compiler.is_exporting():
@@ -194,6 +201,10 @@ def _make_fast_class(original: Any, entry: str) -> Any:
                 return output
         # Looked up now: somebody may have replaced the class's own since.
         return getattr(original, entry)(self, *args, **kwargs)
+
+    # accelerate unwraps a forward as far as it goes, which would take ours off as well.
+    method.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    del method.__wrapped__
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # A pickle holds the model as it was before: it loads without encoder_fast. The usual
