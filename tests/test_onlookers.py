@@ -166,16 +166,49 @@ class OwnHead(nn.Module):
         return torch.stack([state[:, 0] for state in states], dim=1)
 
 
-@pytest.mark.parametrize("family", PLAIN)
-def test_a_head_of_the_users_own_reads_the_originals_first_column(family: str) -> None:
-    model, call = OwnHead(zoo.build(family)).eval(), call_for(family, "Model", "mixed")
+def test_a_head_of_the_users_own_reads_the_originals_first_column() -> None:
+    """It may take padding there for the text, so the whole batch is the original's."""
+    model, call = OwnHead(zoo.build("roberta")).eval(), call_for("roberta", "Model", "mixed")
     with torch.inference_mode():
         original = model(**call)
-        exact = copy.deepcopy(model).double()(**call)
-        output = encoder_fast.patch(model, strict=True)(**call)
-    row = compare("first column", output, original, exact, call["attention_mask"].any(dim=1))
-    assert row.ok, row
-    assert not output[2].any()  # the row without a token
+        assert torch.equal(encoder_fast.patch(model)(**call), original)
+        assert "left padding), which OwnHead may read" in next(
+            iter(encoder_fast.report(model).fallbacks)
+        )
+        model(**call_for("roberta", "Model", "right"))
+    assert encoder_fast.report(model).fast_calls == 1
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_hidden_states_of_a_head_show_zeros_in_all_padding(family: str) -> None:
+    """Also where the head reads the original's state in a first column that is padding."""
+    head = "ForSequenceClassification"
+    model, call = zoo.build(family, head), call_for(family, head, "mixed")
+    padding = call["attention_mask"] == 0
+    with torch.inference_mode():
+        original = model(**call).logits
+        output = encoder_fast.patch(model, strict=True)(**call, output_hidden_states=True)
+    assert not any(state[padding].any() for state in output.hidden_states)
+    with_text = ~padding.all(dim=1)
+    torch.testing.assert_close(output.logits[with_text], original[with_text], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert"])
+def test_a_hook_under_a_head_sees_one_kind_of_padding(family: str) -> None:
+    """It is told the original's values in every row, or zeros in every row."""
+    head = "ForSequenceClassification"
+    model, seen = encoder_fast.patch(zoo.build(family, head)), []
+    model.base_model.register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    for kind in ("mixed", "right"):
+        call = call_for(family, head, kind)
+        with torch.inference_mode():
+            model(**call)
+        seen[-1] = seen[-1][call["attention_mask"] == 0]
+    assert seen[0].any(dim=1).all()
+    assert not seen[1].any()
+    report = encoder_fast.report(model)
+    assert report.fast_calls == 1
+    assert f"which {type(model).__name__} may read" in next(iter(report.fallbacks))
 
 
 def test_a_hook_on_the_pooler_sees_what_it_reads() -> None:

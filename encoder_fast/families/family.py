@@ -78,13 +78,28 @@ class Family:
                 )
         return False
 
-    def is_token_level(self, parent: nn.Module) -> bool:
-        """Whether ``parent`` is a model of this family whose head never reads column 0 alone.
+    def has_head(self, cls: Any) -> bool:
+        """Whether ``cls`` is a model of this family, with its forward."""
+        return bool(self._names_of_head(cls))
 
-        Where it may, the encoder hands on the original's state in column 0, padding or not.
+    def reads_first_column(self, cls: Any, model: nn.Module) -> bool:
+        """Whether ``model``, of class ``cls``, has one of ``first_token_heads``, as it came or not.
+
+        ModernBERT's can be told to take the mean.
         """
-        names = self._names_of_head(type(parent))
+        pools = getattr(getattr(model, "config", None), "classifier_pooling", "cls")
+        return pools == "cls" and any(
+            name in self.first_token_heads for name in self._names_of_head(cls)
+        )
+
+    def is_token_level(self, cls: Any) -> bool:
+        """Whether ``cls`` is a model whose head never reads column 0 alone."""
+        names = self._names_of_head(cls)
         return bool(names) and not any(name in self.first_token_heads for name in names)
+
+    def masks_its_loss(self, cls: Any) -> bool:
+        """Whether the loss of ``cls`` goes by the mask, and not by the labels alone."""
+        return "ElectraForPreTraining" in self._names_of_head(cls)
 
     def check_head(self, parent: nn.Module) -> None:
         """Refuse a head of this family that reads padding as text.
@@ -99,8 +114,7 @@ class Family:
 
     def reads_first_token_alone(self, cls: Any, model: nn.Module) -> bool:
         """Whether ``model``, of class ``cls``, has one of ``first_token_heads`` as it came."""
-        # ModernBERT's can be told to take the mean
-        if getattr(getattr(model, "config", None), "classifier_pooling", "cls") != "cls":
+        if not self.reads_first_column(cls, model):
             return False
         for name in self._names_of_head(cls):
             if name in self.first_token_heads:
@@ -111,11 +125,16 @@ class Family:
                 )
         return False
 
-    def _names_of_head(self, cls: Any) -> list[str]:
+    def _names_of_head(self, cls: Any) -> tuple[str, ...]:
         """The family's own classes that ``cls`` is, if its forward is still theirs."""
-        if not is_library_code(cls.forward):
-            return []
-        return [base.__name__ for base in cls.__mro__ if base.__module__ == self.module]
+        return _names_in(self.module, cls, cls.forward)
+
+
+@functools.lru_cache(maxsize=256)
+def _names_in(module: str, cls: Any, forward: Any) -> tuple[str, ...]:
+    if not is_library_code(forward):
+        return ()
+    return tuple(base.__name__ for base in cls.__mro__ if base.__module__ == module)
 
 
 # What a BERT-like forward calls on itself, beside the methods that its own class defines.

@@ -11,6 +11,7 @@ from encoder_fast.graphs import Inputs
 from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
 from encoder_fast.patching.arguments import Arguments
 from encoder_fast.patching.packed import batch_known_for
+from encoder_fast.patching.readers import Readers
 from encoder_fast.spec import EncoderSpec
 from encoder_fast.streams import is_captured
 
@@ -49,11 +50,14 @@ def _check_tensors(call: Arguments, like: Tensor) -> tuple[int, int]:
     return batch_size, length
 
 
-def pack_call(call: Arguments, spec: EncoderSpec, backend: str, reads_first: bool) -> PackedBatch:
+def pack_call(
+    call: Arguments, spec: EncoderSpec, backend: str, reads_first: bool, readers: Readers
+) -> PackedBatch:
     """Check the tensors of a call and pack it, which on a GPU waits for what its mask says.
 
     Args:
-        reads_first: somebody may read column 0, padding or not.
+        reads_first: a pooler or head that is known reads column 0, padding or not.
+        readers: who else reads what is returned.
 
     Raises:
         NotFastError: the fast path can't take them.
@@ -70,6 +74,7 @@ def pack_call(call: Arguments, spec: EncoderSpec, backend: str, reads_first: boo
     if mask is None or known is not None or not skips_padding:
         _check_length(call, shape[1], spec)
     if known is not None:
+        _check_padding(readers, has_padding=known.indices is not None)
         return known
     if mask is None:
         return pack_full(*shape, like.device)
@@ -83,6 +88,11 @@ def pack_call(call: Arguments, spec: EncoderSpec, backend: str, reads_first: boo
         raise NotFastError("an attention_mask with values other than 0 and 1")
     if not facts.ids_in_range:
         raise IndexError(f"input_ids must lie in [0, {vocab_size})")
+    _check_padding(readers, has_padding=facts.total < mask.numel())
+    if facts.headless and readers.of_first_column is not None:
+        raise NotFastError(
+            f"a padded first column (left padding), which {readers.of_first_column} may read"
+        )
     if reads_first and facts.headless and not spec.has_onlookers(shape[1]):
         raise NotFastError(
             "a pooler or head over a padded first column (left padding), and attention that is not "
@@ -92,6 +102,11 @@ def pack_call(call: Arguments, spec: EncoderSpec, backend: str, reads_first: boo
         _check_length(call, facts.max_seqlen, spec)
     # Where column 0 is padding, the original pools what a padding token there sees of the text.
     return pack(mask, facts, onlookers=reads_first, backend=backend)
+
+
+def _check_padding(readers: Readers, has_padding: bool) -> None:
+    if has_padding and readers.of_padding is not None:
+        raise NotFastError(f"padding under {readers.of_padding}")
 
 
 def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:

@@ -20,6 +20,7 @@ class Counts:
     fast: int = 0
     pooled: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
+    zeros_to: dict[str, None] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
     def count_fast(self) -> None:
@@ -34,9 +35,13 @@ class Counts:
         with self._lock:
             self.fallbacks[reason] += 1
 
-    def snapshot(self) -> tuple[int, int, dict[str, int]]:
+    def count_zeros(self, reader: str) -> None:
         with self._lock:
-            return self.fast, self.pooled, dict(self.fallbacks)
+            self.zeros_to[reader] = None
+
+    def snapshot(self) -> tuple[int, int, dict[str, int], tuple[str, ...]]:
+        with self._lock:
+            return self.fast, self.pooled, dict(self.fallbacks), tuple(self.zeros_to)
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class EncoderReport:
         pooled_calls: those of them that pooled the packed tokens for a ``SentenceTransformer``.
         fallbacks: calls that ran the original forward, by reason.
         graphs: its CUDA graphs; ``None`` where they were not asked for.
+        zeros_to: the user's own code that got zeros in place of padding from fast calls.
     """
 
     path: str
@@ -64,6 +70,7 @@ class EncoderReport:
     pooled_calls: int
     fallbacks: dict[str, int]
     graphs: GraphReport | None = None
+    zeros_to: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f" at {self.path}" if self.path else ""
@@ -73,6 +80,8 @@ class EncoderReport:
         ]
         if self.pooled_calls:
             lines.append(f"  of them pooled without padding: {self.pooled_calls}")
+        if self.zeros_to:
+            lines.append(f"  padding was returned as zeros to {', '.join(self.zeros_to)}")
         if self.fallbacks:
             lines.append(f"  original forward: {sum(self.fallbacks.values())}")
             for reason, count in sorted(self.fallbacks.items(), key=lambda item: -item[1]):
@@ -122,7 +131,7 @@ def report(model: object) -> Report:
 
 
 def _entry(path: str, module: nn.Module, state: Any) -> EncoderReport:
-    fast, pooled, fallbacks = state.counts.snapshot()
+    fast, pooled, fallbacks, zeros_to = state.counts.snapshot()
     backend, why = state.chosen
     return EncoderReport(
         path=path,
@@ -134,4 +143,5 @@ def _entry(path: str, module: nn.Module, state: Any) -> EncoderReport:
         pooled_calls=pooled,
         fallbacks=fallbacks,
         graphs=None if state.graph_counts is None else state.graph_counts.report(),
+        zeros_to=zeros_to,
     )

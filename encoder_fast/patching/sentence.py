@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -124,12 +125,53 @@ class PoolingState:
         return features
 
 
-def sentence_states(
-    modules: Iterable[nn.Module],
-) -> list[tuple[nn.Module, ContainerState | PoolingState]]:
-    """What there is to patch beside the encoders: each ``SentenceTransformer`` and its pooling."""
-    found: list[tuple[nn.Module, ContainerState | PoolingState]] = []
+_unexpanded: ContextVar[nn.Module | None] = ContextVar("unexpanded", default=None)
+
+
+def is_expanding(transformer: nn.Module) -> bool:
+    """Whether a transformer pads queries with tokens that are scored though none attends to them,
+    and has not said that the call it makes has none of these."""
+    if not hasattr(type(transformer), "query_expansion") or _unexpanded.get() is transformer:
+        return False
+    expansion: Any = transformer.query_expansion
+    return expansion is not None and not expansion.get("attend")
+
+
+class TransformerState:
+    """What a patched transformer that expands queries carries: documents have no such tokens."""
+
+    entry = "forward"
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def attempt(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The library's own forward, as ever."""
+        forward = self.original.forward
+        features = args[0] if args else kwargs.get("features")
+        if (
+            torch.compiler.is_compiling()
+            or not isinstance(features, Mapping)
+            or features.get("query_expansion_positions") is not None
+        ):
+            return forward(model, *args, **kwargs)
+        token = _unexpanded.set(model)
+        try:
+            return forward(model, *args, **kwargs)
+        finally:
+            _unexpanded.reset(token)
+
+
+SentenceState = ContainerState | PoolingState | TransformerState
+
+
+def sentence_states(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, SentenceState]]:
+    """What there is to patch beside the encoders: each ``SentenceTransformer`` and its pooling, and
+    transformers that expand queries."""
+    found: list[tuple[nn.Module, SentenceState]] = []
     for module in modules:
+        if is_expanding(module):
+            found.append((module, TransformerState(original_class(module))))
         if _is_own(module, "SentenceTransformer", methods=("encode", "forward")):
             parts = list(module.children())
             if len(parts) > 1 and _is_own(parts[1], "Pooling"):
@@ -160,7 +202,7 @@ def _read_pipeline(model: Any) -> PackedPooling | None:
     if len(parts) < 2:
         return None
     transformer, pooling, *rest = parts
-    modes = _modes(pooling)
+    modes = pooling_modes(pooling)
     is_readable = (
         _is_untouched(model, "SentenceTransformer", methods=("encode", "forward"))
         and _is_untouched(transformer, "Transformer")
@@ -189,11 +231,18 @@ def _read_pipeline(model: Any) -> PackedPooling | None:
     return None if any(map(is_watched, unheard)) else PackedPooling(encoder, modes)
 
 
-def _modes(pooling: Any) -> tuple[str, ...]:
+def pooling_modes(pooling: Any) -> tuple[str, ...]:
+    """The modes of a ``Pooling``, in the order in which it concatenates."""
     mode = getattr(pooling, "pooling_mode", None)
     if mode is None:
         return tuple(mode for flag, mode in POOLING_FLAGS.items() if getattr(pooling, flag, False))
     return (mode,) if isinstance(mode, str) else tuple(mode)
+
+
+@functools.cache
+def pools_first_token() -> bool:
+    """Whether ``cls`` takes the first token; older versions took the first column."""
+    return int(sys.modules["sentence_transformers"].__version__.split(".")[0]) >= 6
 
 
 def _gives_last_hidden_state(transformer: Any) -> bool:

@@ -30,8 +30,9 @@ from encoder_fast.patching.arguments import (
     read_arguments,
     setting,
 )
-from encoder_fast.patching.head import wants_first_token_alone
+from encoder_fast.patching.head import told_of
 from encoder_fast.patching.inputs import inputs_of, pack_call, positions_of
+from encoder_fast.patching.readers import POOLING, Readers, Surroundings
 from encoder_fast.patching.reporting import Counts
 from encoder_fast.patching.sentence import PackedPooling, pooling_behind
 from encoder_fast.patching.stack import Stack
@@ -110,11 +111,11 @@ class EncoderState:
         original: Any,
         backend: str,
         strict: bool,
-        pools_first: bool,
+        surroundings: Surroundings,
         cuda_graphs: bool = False,
     ) -> None:
         self.family = family
-        self.pools_first = pools_first
+        self.surroundings = surroundings
         self.original = original
         self.backend = backend
         self.strict = strict
@@ -126,12 +127,13 @@ class EncoderState:
         self._launches_ahead = True
 
     def __copy__(self) -> EncoderState:
+        # The copy of an encoder is held by nobody; see _State in swap.py for copies of its holder.
         return EncoderState(
             self.family,
             self.original,
             self.backend,
             self.strict,
-            self.pools_first,
+            Surroundings(self.family, []),
             self.graph_counts is not None,
         )
 
@@ -214,7 +216,7 @@ class EncoderState:
         """
         call = read_arguments(self.original, model.config, (), inputs)
         hidden, batch = self._encode(
-            model, call, reads_first=False, collect=None, first_token_alone=first_token_alone
+            model, call, POOLING, False, collect=None, first_token_alone=first_token_alone
         )
         self.counts.count_fast()
         return hidden if first_token_alone else batch.without_filler(hidden)
@@ -226,36 +228,41 @@ class EncoderState:
             return self._output(call, self._pool(model, call, pooling), None, None)
         has_pooler = getattr(model, "pooler", None) is not None
         collect: list[Tensor] | None = [] if call.output_hidden_states else None
-        first_alone = collect is None and wants_first_token_alone(model)
-        # A head says so also where the encoder in it was patched again by itself.
-        reads_first = has_pooler or self.pools_first or first_alone
-        hidden, batch = self._encode(model, call, reads_first, collect, first_alone)
+        told = told_of(model)
+        alone = told is not None and told.alone
+        first_alone = alone and collect is None
+        readers = self.surroundings.readers(model)
+        hidden, batch = self._encode(
+            model, call, readers, has_pooler or alone, collect, first_alone
+        )
+        if batch.indices is not None and readers.own is not None:
+            self.counts.count_zeros(readers.own)
         if first_alone:
-            last = read_by_pooler = hidden.unsqueeze(1)
+            last = with_first = hidden.unsqueeze(1)
         else:
-            last = read_by_pooler = batch.unpack(hidden, onlookers=self.pools_first)
-            if batch.onlooker_rows is not None and not self.pools_first:
-                read_by_pooler = batch.unpack(hidden, onlookers=True)
-        pooled = self._pool_first(model, read_by_pooler) if has_pooler else None
+            last = with_first = batch.unpack(hidden)
+            if batch.onlooker_rows is not None:
+                with_first = batch.unpack(hidden, onlookers=True)
+        pooled = self._pool_first(model, with_first) if has_pooler else None
         states = None
         if collect is not None:
             count, wanted = len(collect), call.hidden_states
             kept = range(count) if wanted is None else [i + count if i < 0 else i for i in wanted]
             states = tuple(
-                None
-                if index not in kept
-                else last
-                if state is hidden
-                else batch.unpack(state, onlookers=self.pools_first)
+                None if index not in kept else last if state is hidden else batch.unpack(state)
                 for index, state in enumerate(collect)
             )
+        if alone and not has_pooler:
+            # The head reads the first column of this; whoever asked for the states sees zeros.
+            last = with_first
         return self._output(call, last, pooled, states)
 
     def _pool(self, model: nn.Module, call: Arguments, pooling: PackedPooling) -> Tensor:
         hidden, batch = self._encode(
             model,
             call,
-            reads_first=False,
+            POOLING,
+            False,
             collect=None,
             first_token_alone=pooling.first_token_alone,
         )
@@ -275,6 +282,7 @@ class EncoderState:
         self,
         model: nn.Module,
         call: Arguments,
+        readers: Readers,
         reads_first: bool,
         collect: list[Tensor] | None,
         first_token_alone: bool,
@@ -283,7 +291,7 @@ class EncoderState:
         _check_mode(model, call)
         ahead: _Ahead | None = None
         if collect is None and self._launches_ahead:
-            ahead = self._launch(call, reads_first, first_token_alone)
+            ahead = self._launch(call, readers, reads_first, first_token_alone)
         self._launches_ahead = False
         reading = self._current_reading(model)
         reading.check_attention(model.config)
@@ -294,7 +302,7 @@ class EncoderState:
             if replayed is not None and reading.graphs.confirm(replayed):
                 return replayed.output, batch
         else:
-            batch = pack_call(call, reading.spec, reading.backend, reads_first)
+            batch = pack_call(call, reading.spec, reading.backend, reads_first, readers)
         if batch.onlooker_rows is not None and _leaves_padding_out(model.config):
             raise NotFastError(
                 "a pooler or head over a padded first column (left padding), and flash attention, "
@@ -313,14 +321,16 @@ class EncoderState:
         reading.sizes.add(size)
         return last, batch
 
-    def _launch(self, call: Arguments, reads_first: bool, first_token_alone: bool) -> _Ahead | None:
+    def _launch(
+        self, call: Arguments, readers: Readers, reads_first: bool, first_token_alone: bool
+    ) -> _Ahead | None:
         """Launch a CUDA graph by the reading that there is, so that the GPU is at work while the
         host looks whether model and weights are still what was read."""
         reading = self._reading
         if reading is None or reading.graphs is None:
             return None
         try:
-            batch = pack_call(call, reading.spec, reading.backend, reads_first)
+            batch = pack_call(call, reading.spec, reading.backend, reads_first, readers)
             inputs = inputs_of(call, reading.spec, batch)
             return _Ahead(reading, batch, reading.graphs.replay_ahead(inputs, first_token_alone))
         except Exception:

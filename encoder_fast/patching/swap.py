@@ -26,22 +26,21 @@ from encoder_fast.families import find_family, unsupported
 from encoder_fast.families.family import has_own_forward
 from encoder_fast.patching.head import HeadState
 from encoder_fast.patching.locate import STATE, original_class, root_module
-from encoder_fast.patching.sentence import ContainerState, PoolingState, sentence_states
+from encoder_fast.patching.readers import Surroundings, ways_to
+from encoder_fast.patching.sentence import SentenceState, sentence_states
 from encoder_fast.patching.state import NOT_FAST, EncoderState
 
 M = TypeVar("M")
-State = EncoderState | HeadState | ContainerState | PoolingState
+State = EncoderState | HeadState | SentenceState
 
 
 def patch(model: M, backend: str = "auto", *, cuda_graphs: bool = False, strict: bool = False) -> M:
     """Make the encoders inside a model run fast, in place.
 
     Calls, outputs, state dict and files stay what they were, with one difference: what the encoder
-    returns at padded positions is zeros, so that a head's logits there are its bias, and a loss
-    that counts padded positions (labels other than -100, a row without a token) differs. In a row
-    with a token, a first column that is padding keeps the original's values where it is read inside
-    ``model``: by the encoder's pooler, or by a head that does not go token by token. So patch the
-    whole model, not the encoder in it.
+    returns at padded positions is zeros, so that a head's logits there are its bias. Where a
+    library module inside ``model`` reads padding, the original forward runs. Code of the user's own
+    gets the zeros, and the report names it. So patch the whole model, not the encoder in it.
 
     Weights changed later take effect at the next call. One kind of change may be noticed late: a
     weight written through ``.data``, NumPy or a CUDA graph, which PyTorch does not count. It takes
@@ -105,16 +104,22 @@ def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> li
     found: list[tuple[nn.Module, EncoderState]] = []
     heads: list[tuple[nn.Module, HeadState]] = []
     modules = dict(root.named_modules())
-    for path, module in modules.items():
+    encoders = {
+        path: module for path, module in modules.items() if find_family(original_class(module))
+    }
+    ways = ways_to(root, set(map(id, encoders.values())))
+    for path, module in encoders.items():
         original = original_class(module)
         family = find_family(original)
-        if family is None:
-            continue
-        # An encoder may be shared. Unless all heads are known to go token by token, one may pool
-        # column 0.
+        assert family is not None
+        # An encoder may be shared.
         parents = [(m, n) for m in modules.values() for n, c in m._modules.items() if c is module]
-        pools_first = not all(family.is_token_level(parent) for parent, _ in parents)
-        state = EncoderState(family, original, backend, strict, pools_first, cuda_graphs)
+        places = [(root, names) for names in ways[id(module)]]
+        if isinstance(before := module.__dict__.get(STATE), EncoderState):
+            # It may be patched again by itself: what holds it reads it as before.
+            places += [place for place in before.surroundings.places() if place[0] is not root]
+        surroundings = Surroundings(family, places)
+        state = EncoderState(family, original, backend, strict, surroundings, cuda_graphs)
         try:
             if has_own_forward(module):
                 raise UnsupportedModelError("its forward was replaced on the instance")
@@ -127,7 +132,7 @@ def _patch(root: nn.Module, backend: str, cuda_graphs: bool, strict: bool) -> li
         found.append((module, state))
         for parent, name in parents:
             cls = original_class(parent)
-            if family.reads_first_token_alone(cls, parent):
+            if family.has_head(cls):
                 heads.append((parent, HeadState(family, cls, name)))
     if not found:
         raise unsupported(root)
@@ -175,6 +180,27 @@ class _Copier:
         return getattr, (object, "__new__")
 
 
+class _State(dict[str, Any]):
+    """The attributes of a patched module on their way into a copy of it.
+
+    A deep copy alone knows what else is copied, and so where the copy of an encoder sits. In a
+    pickle this is a plain ``dict``.
+    """
+
+    def __init__(self, module: nn.Module, attributes: dict[str, Any]) -> None:
+        super().__init__(attributes)
+        self._module = module
+
+    def __deepcopy__(self, memo: dict) -> dict[str, Any]:
+        before, clone = self._module.__dict__.get(STATE), memo.get(id(self._module))
+        if isinstance(before, EncoderState) and isinstance(clone, nn.Module):
+            clone.__dict__[STATE].surroundings = before.surroundings.copied(memo)
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> Any:
+        return dict, (), None, None, iter(self.items())
+
+
 # A cache alone lets two threads make two of one class, and unpatch knows the later one.
 _making = Lock()
 
@@ -212,7 +238,8 @@ def _make_fast_class(original: Any, entry: str) -> Any:
         # that somebody put on top stays. There is no __deepcopy__: a wrapper that hands unknown
         # attributes on to this module would take it for its own.
         state = {key: value for key, value in self.__getstate__().items() if key != STATE}
-        return _Copier(self), (original if type(self) is fast else type(self),), state
+        cls = original if type(self) is fast else type(self)
+        return _Copier(self), (cls,), _State(self, state)
 
     namespace = {
         entry: method,
