@@ -354,6 +354,8 @@ SCHEMES = {
     "O by another name": ("OUTSIDE B-PER I-PER", "O B:PER I:PER"),
     "O by any name": ("nix B-PER I-PER", "O B:PER I:PER"),
     "O by another name, no places": ("no_entity PER LOC", "O PER LOC"),
+    "fillers": ("O X [CLS] I-PER I-LOC", "O O O I:PER I:LOC"),
+    "O by another name, a filler": ("other <pad> B-PER I-PER", "O O B:PER I:PER"),
     "no O": ("B-PER I-PER B-LOC", "B:PER I:PER B:LOC"),
     "parts of speech": ("NOUN VERB X PUNCT", "NOUN VERB X PUNCT"),
     "no names": ("LABEL_0 LABEL_1", "LABEL_0 LABEL_1"),

@@ -30,6 +30,8 @@ _SCHEMES = tuple(map(frozenset, ("BIES", "BILU", "BMES")))
 _PAIRS = tuple(map(frozenset, ("BI", "BM")))
 # What O is called elsewhere; read without case, spaces, hyphens and underscores.
 _NO_ENTITY = re.compile("0|out(side)?|others?|none?|null|nothing|no(n|t)?entity|background")
+# Beside a scheme: what tokens get that training leaves out.
+_FILLER = re.compile(r"\[.*\]|<.*>|x|pad|unk", re.IGNORECASE)
 
 _Places = dict[str, tuple[str, str]]
 """The place and the class that a label's name holds."""
@@ -56,11 +58,14 @@ class Labels:
 def read_labels(names: list[str]) -> Labels:
     """Find out which scheme a model's label names follow, and which of them is no entity."""
     outside = _outside(names)
-    inside = [name for name in names if name not in outside]
+    fillers = {name for name in names if _FILLER.fullmatch(name)}
+    inside = [name for name in names if name not in outside | fillers]
     places = _places(inside, spare=0 if outside else 1)
     bare = [name for name in inside if name not in places]
     if places and not outside and len(bare) == 1:
         outside = {bare[0]}
+    if places:
+        outside = outside | fillers
     read = [places.get(name, ("", name)) for name in names]
     classes = list(
         dict.fromkeys(
