@@ -134,6 +134,8 @@ def test_options_of_the_tokenizer_and_the_configuration_too(
         {"transformers_weights": "../other/model.safetensors"},
         {"use_pretrained_backbone": True},
         {"architectures": "BertModel"},
+        {"model_type": "timm_wrapper"},
+        {"model_type": ["bert"]},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -237,6 +239,19 @@ def test_odd_files(tmp_path: Path, name: str, content: str) -> None:
     refused(path, f"{name}.json")
 
 
+@pytest.mark.parametrize("name", ["special_tokens_map", "added_tokens", "tokenizer"])
+@pytest.mark.parametrize("content", ["", "7", "[7]", '{"mask_token": [[7]]'])
+def test_odd_files_of_a_tokenizer(tmp_path: Path, name: str, content: str) -> None:
+    refused(save(tmp_path, **{name: content}), f"{name}.json")
+
+
+def test_a_key_given_twice_is_the_last_for_transformers(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    told = (tmp_path / "config.json").read_text()
+    put(tmp_path, config=told.replace("{", '{"hidden_size": 7,', 1))
+    assert TextEncoder.from_pretrained(path, device="cpu").dimension == 48
+
+
 @pytest.mark.parametrize("name", ["config", "tokenizer_config", "model.safetensors.index"])
 @pytest.mark.parametrize("content", [*SHAPES[:6], "[]"])
 def test_odd_files_of_transformers(tmp_path: Path, name: str, content: str) -> None:
@@ -249,7 +264,7 @@ def test_a_file_that_is_no_utf_8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"hidden_size": "wide"}, {"model_type": ["bert"]}, {"hidden_act": "evil"}]
+    "change", [{"hidden_size": "wide"}, {"hidden_size": [8]}, {"hidden_act": "evil"}]
 )
 def test_odd_values_in_the_configuration(tmp_path: Path, change: Files) -> None:
     path = save(tmp_path)
@@ -304,6 +319,8 @@ def test_two_modules_of_one_name(tmp_path: Path) -> None:
         ("sentence_bert_config", {"processing_kwargs": {"txet": {}}}),
         ("sentence_bert_config", {"new_in_version_7": None}),
         ("config_sentence_transformers", {"model_type": "SparseEncoder"}),
+        ("config_sentence_transformers", {"model_type": ["SentenceTransformer"]}),
+        ("config_sentence_transformers", {"activation_fn": "torch.nn.Sigmoid"}),
         ("config_sentence_transformers", {"model_type": "MultiVectorEncoder"}),
         ("config_sentence_transformers", {"prompts": ["q: "]}),
         ("config_sentence_transformers", {"prompts": {"q": 3}}),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_folders import Files, cross_model, save, sentence_model
+from model_folders import Files, cross_model, put, save, sentence_model
 from torch import nn
 
 from encoder_fast import ModelFilesError, TextEncoder
@@ -34,7 +34,7 @@ def test_each_key_of_the_library_is_in_the_table(tmp_path: Path) -> None:
         TextEncoder.from_pretrained(str(saved), device="cpu")
         if (saved / "config_sentence_transformers.json").exists():
             whole = json.loads((saved / "config_sentence_transformers.json").read_text())
-            assert whole.keys() <= keys.WHOLE.keys()
+            assert whole.keys() <= keys.WHOLE[type(model).__name__].keys()
 
 
 def same_vectors(path: str) -> TextEncoder:
@@ -61,6 +61,15 @@ def test_keys_are_honoured(tmp_path: Path, transformer: Files, length: int) -> N
 
 
 six = pytest.mark.skipif(int(st.__version__.split(".")[0]) < 6, reason="new in version 6")
+
+
+@six
+@pytest.mark.filterwarnings("ignore:.*were cut")
+def test_the_tokenizers_call_is_honoured_in_pairs(tmp_path: Path) -> None:
+    path = cross_model(tmp_path)
+    told = json.loads((tmp_path / "sentence_bert_config.json").read_text())
+    put(tmp_path, sentence_bert_config={**told, "processing_kwargs": {"text": {"max_length": 12}}})
+    same_files(path)
 
 
 @six

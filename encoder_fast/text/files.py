@@ -35,9 +35,13 @@ def find_file(path: str, name: str) -> str | None:
         return None
 
 
-def read_object(path: str, name: str) -> dict[str, Any] | None:
-    """The JSON object in a file of ``path``; ``None`` where there is no such file."""
-    found = read_json(path, name)
+def read_object(path: str, name: str, *, twice: bool = False) -> dict[str, Any] | None:
+    """The JSON object in a file of ``path``; ``None`` where there is no such file.
+
+    Args:
+        twice: a key may be there twice, and the last counts, as it does for transformers.
+    """
+    found = read_json(path, name, twice=twice)
     if found is not None and not isinstance(found, dict):
         raise ModelFilesError(f"{name} of {path} must be an object, not {_kind(found)}")
     return found
@@ -53,7 +57,7 @@ def read_list(path: str, name: str) -> list[dict[str, Any]] | None:
     return found
 
 
-def read_json(path: str, name: str) -> Any:
+def read_json(path: str, name: str, *, twice: bool = False) -> Any:
     """What a JSON file of ``path`` says; ``None`` where there is no such file.
 
     Raises:
@@ -64,7 +68,8 @@ def read_json(path: str, name: str) -> Any:
         return None
     try:
         text = Path(found).read_text("utf-8")
-        content = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        pairs = dict if twice else _object
+        content = json.loads(text, object_pairs_hook=pairs, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise ModelFilesError(f"{name} of {path} is no JSON: {error}") from None
     if content is None:
@@ -97,19 +102,20 @@ def check_files(path: str, subfolder: str) -> None:
                 "merge it into the model, or load the model and give that"
             )
     name = join(subfolder, "config.json")
-    _check_config(read_object(path, name) or {}, f"{name} of {path}")
+    _check_config(read_object(path, name, twice=True) or {}, f"{name} of {path}")
     for name in (join(subfolder, index) for index in _INDEXES):
-        parts = (read_object(path, name) or {}).get("weight_map", {})
-        if not isinstance(parts, dict):
-            raise ModelFilesError(f"weight_map in {name} of {path} must be an object")
-        for part in parts.values():
+        found = read_object(path, name, twice=True)
+        for key in ("metadata", "weight_map"):
+            if found is not None and not isinstance(found.get(key), dict):
+                raise ModelFilesError(f"{key} in {name} of {path} must be an object")
+        for part in (found or {"weight_map": {}})["weight_map"].values():
             inside(part, f"a weight's file in {name} of {path}")
 
 
 def check_tokenizer_files(path: str, subfolder: str) -> None:
     """The part of :func:`check_files` that is about a tokenizer."""
     name = join(subfolder, "tokenizer_config.json")
-    config = read_object(path, name) or {}
+    config = read_object(path, name, twice=True) or {}
     known = {key: value for key, value in config.items() if key in TOKENIZER_FILE}
     check(known, TOKENIZER_FILE, f"{name} of {path}")
     for key, value in config.items():
@@ -119,6 +125,12 @@ def check_tokenizer_files(path: str, subfolder: str) -> None:
             raise ModelFilesError(
                 f"{key} in {name} of {path} is {value!r}, which leaves the model's folder"
             )
+
+
+def name_damaged_tokenizer(path: str, subfolder: str) -> None:
+    """Raise with the name of the tokenizer's file that is no JSON object, if there is one."""
+    for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"):
+        read_object(path, join(subfolder, name), twice=True)
 
 
 @contextmanager

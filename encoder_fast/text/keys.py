@@ -134,18 +134,26 @@ MODULE: Table = {
 }
 """An entry of ``modules.json``."""
 
-WHOLE: Table = {
+_EVERY_MODEL: Table = {
     "__version__": HARMLESS,
-    "model_type": _one_of("SentenceTransformer", "CrossEncoder"),
+    "model_type": HARMLESS,  # it chooses the table
     "prompts": Rule(_is_prompts, "an object of strings"),
     "default_prompt_name": _TEXT_OR_NOT,
-    "similarity_fn_name": _one_of(*SIMILARITIES, None),
-    "truncate_dim": _COUNT,
-    "activation_fn": _one_of(*ACTIVATIONS, None),
-    "keep_in_fp32_modules": _one_of([], None),
     "requirements": _one_of({}, None),
 }
-"""``config_sentence_transformers.json``."""
+WHOLE: Mapping[str, Table] = {
+    "SentenceTransformer": {
+        **_EVERY_MODEL,
+        "similarity_fn_name": _one_of(*SIMILARITIES, None),
+        "truncate_dim": _COUNT,
+    },
+    "CrossEncoder": {
+        **_EVERY_MODEL,
+        "activation_fn": _one_of(*ACTIVATIONS, None),
+        "keep_in_fp32_modules": _one_of([], None),
+    },
+}
+"""``config_sentence_transformers.json``, by the kind of model."""
 
 MODEL_OPTIONS: Table = {
     "dtype": _one_of("auto", "float32", "float16", "bfloat16", None),
@@ -238,6 +246,10 @@ CONFIG: Table = {
     "quantization_config": _NOTHING,
     # another model, from wherever it says
     "use_pretrained_backbone": _one_of(False, None),
+    "model_type": Rule(
+        lambda value: isinstance(value, str) and not value.startswith("timm_"),
+        "the name of a model of transformers' own",
+    ),
     "transformers_weights": HARMLESS,  # files.py checks that it stays in the folder
     "architectures": Rule(
         lambda value: (

@@ -18,6 +18,7 @@ from encoder_fast.text.files import (
     find_file,
     join,
     loading,
+    name_damaged_tokenizer,
 )
 from encoder_fast.text.settings import Settings, live_settings, model_kind, read_settings
 
@@ -123,6 +124,7 @@ def load_tokenizer(path: str, subfolder: str, options: Mapping[str, Any] | None 
             path, **(options or {}), subfolder=subfolder, trust_remote_code=False
         )
     except Exception as error:
+        name_damaged_tokenizer(path, subfolder)
         # transformers 4 looks for another format, and so for protobuf, where there are no files
         reason = " ".join(str(error).split())
         raise ModelFilesError(f"{path} has no tokenizer that can be loaded: {reason}") from error

@@ -59,5 +59,5 @@ def _by_config(config: Any) -> Activation:
         name = getattr(config, "sbert_ce_default_activation_function", None)
     if name is None:
         return torch.sigmoid
-    check({"activation_fn": name}, WHOLE, "config.json")
+    check({"activation_fn": name}, WHOLE["CrossEncoder"], "config.json")
     return ACTIVATIONS[name]

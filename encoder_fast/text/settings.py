@@ -202,8 +202,12 @@ def _settings(
     """What checked modules and the file about all of them come to."""
     for part in parts:
         check(part.config, MODULES[part.kind], part.label)
-    check(whole, WHOLE, file)
-    kind = whole.get("model_type") or "SentenceTransformer"
+    kind = whole.get("model_type", "SentenceTransformer")
+    if not isinstance(kind, str) or kind not in WHOLE:
+        raise ModelFilesError(
+            f"{file} has model_type = {kind!r}; TextEncoder has {', '.join(WHOLE)}"
+        )
+    check(whole, WHOLE[kind], file)
     kinds = [part.kind for part in parts]
     if kind == "CrossEncoder" and kinds != ["Transformer"]:
         raise ModelFilesError(
