@@ -49,6 +49,12 @@ def parameter_names(cls: Any) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
+@lru_cache(maxsize=256)
+def _takes_any(cls: Any) -> bool:
+    """Whether the forward has ``**kwargs``; else it raises a TypeError for names of others."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values())
+
+
 _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
 _FLAGS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
 
@@ -56,6 +62,34 @@ _FLAGS = ("output_attentions", "output_hidden_states", "return_dict", "use_cache
 _SIZES = ("batch_size", "seq_len")
 
 _KNOWN = frozenset((*_TENSORS, *_FLAGS, *_SIZES))
+
+# A forward with **kwargs takes these, and neither an encoder nor its attention reads them. Heads of
+# transformers 5 hand on to their encoder whatever they are given.
+_UNREAD = frozenset(
+    (
+        # for losses: the Trainer's, and labels under the names that datasets and heads have
+        "num_items_in_batch",
+        "ignore_index",
+        "shift_labels",
+        "label",
+        "label_ids",
+        "labels",
+        "next_sentence_label",
+        "sentence_order_label",
+        "start_positions",
+        "end_positions",
+        # what a tokenizer returns if it is asked to
+        "length",
+        "num_truncated_tokens",
+        "offset_mapping",
+        "overflow_to_sample_mapping",
+        "overflowing_tokens",
+        "special_tokens_mask",
+        # for other kinds of models
+        "logits_to_keep",
+        "output_router_logits",
+    )
+)
 
 
 def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -> Arguments:
@@ -72,7 +106,9 @@ def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -
         raise NotFastError("an argument given twice")
     given.update(kwargs)
     for name, value in given.items():
-        if value is not None and name not in _KNOWN:
+        if value is None or name in _KNOWN:
+            continue
+        if name not in _UNREAD or not _takes_any(cls):
             raise NotFastError(f"argument {name}")
     for name in _TENSORS:
         value = given.get(name)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from encoder_fast.errors import NotFastError
 from encoder_fast.families import Family
-from encoder_fast.families.family import has_own_forward
+from encoder_fast.families.family import has_own_forward, is_library_code
 from encoder_fast.looks import (
     Edge,
     Watch,
@@ -26,8 +27,15 @@ from encoder_fast.looks import (
     versions_of,
 )
 
-# transformers leaves these on layers once attentions were asked for; they do nothing on their own.
-_HARMLESS_HOOKS = "transformers.utils.output_capturing"
+# transformers leaves the first on layers once attentions were asked for; it does nothing on its
+# own. The second, of NEFTune, stays while a training evaluates, and does nothing in eval mode.
+_HARMLESS_HOOKS = ("output_capturing_hook", "neftune_post_forward_hook")
+
+# Left on embeddings by gradient checkpointing and enable_input_require_grads(). They make what the
+# embeddings return require gradients, which does nothing where none are recorded.
+_GRADIENT_HOOKS = ("make_inputs_require_grad", "make_inputs_require_grads")
+
+_LIBRARIES_OF_HOOKS = ("transformers.", "peft.", "trl.")
 
 
 class Stack:
@@ -54,6 +62,7 @@ class Stack:
         self._buffers = self._its_buffers()
         self._places, self._versions = places_of(self._buffers), versions_of(self._buffers)
         self._approved: object = None
+        self._has_gradient_hook = False
 
     def _its_buffers(self) -> list[Tensor | None]:
         return [buffer for module in self._with_buffers for buffer in module._buffers.values()]
@@ -85,6 +94,11 @@ class Stack:
             ):
                 return False
             self._approved = mark
+        if self._has_gradient_hook and torch.is_grad_enabled():
+            raise NotFastError(
+                "gradients are enabled, and a hook makes the embeddings require them (use "
+                "torch.inference_mode() or torch.no_grad())"
+            )
         return have_places(self._buffers, self._places) and have_versions(
             self._buffers, self._versions
         )
@@ -96,7 +110,9 @@ class Stack:
             if cls.forward is not forward:
                 return False
         if are_quiet(self._edges):
+            self._has_gradient_hook = False
             return True
+        has_gradient_hook = False
         for siblings, name, child, cls, children, count in self._edges:
             if siblings.get(name) is not child or type(child) is not cls:
                 return False
@@ -109,7 +125,9 @@ class Stack:
                 or state["_forward_hooks"]
                 or "forward" in state
             ):
-                _object(name, child)
+                has_gradient_hook |= _look_at(name, child)
+        # Set at the end, for threads that look meanwhile.
+        self._has_gradient_hook = has_gradient_hook
         return True
 
 
@@ -118,16 +136,19 @@ def _beside(model: Any) -> list[Any]:
     return [model.config, getattr(model, "pooler", None)]
 
 
-def _object(name: str, child: nn.Module) -> None:
-    """Raise unless what stands out about a module is harmless."""
+def _look_at(name: str, child: nn.Module) -> bool:
+    """Raise unless what stands out about a module is harmless; whether it is so without gradients
+    alone."""
     state, cls = child.__dict__, type(child)
     if state["training"]:
         raise NotFastError(f"training mode ({name} is in it; call model.eval())")
-    if state["_forward_pre_hooks"] or _has_user_hook(state["_forward_hooks"]):
+    names = {_name_of_library_hook(hook) for hook in state["_forward_hooks"].values()}
+    if state["_forward_pre_hooks"] or not names <= {*_HARMLESS_HOOKS, *_GRADIENT_HOOKS}:
         raise NotFastError(f"a hook on {cls.__name__} inside the stack")
     if has_own_forward(child):
         raise NotFastError(f"the forward of a {cls.__name__} inside the stack was replaced")
+    return not names <= set(_HARMLESS_HOOKS)
 
 
-def _has_user_hook(hooks: dict) -> bool:
-    return any(getattr(hook, "__module__", None) != _HARMLESS_HOOKS for hook in hooks.values())
+def _name_of_library_hook(hook: Any) -> str | None:
+    return hook.__name__ if is_library_code(hook, _LIBRARIES_OF_HOOKS) else None

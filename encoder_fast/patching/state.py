@@ -214,6 +214,7 @@ class EncoderState:
         Raises:
             NotFastError: it can't run fast; nothing is counted.
         """
+        _check_mode(model)
         call = read_arguments(self.original, model.config, (), inputs)
         hidden, batch = self._encode(
             model, call, POOLING, False, collect=None, first_token_alone=first_token_alone
@@ -222,6 +223,8 @@ class EncoderState:
         return hidden if first_token_alone else batch.without_filler(hidden)
 
     def _run(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        # Ahead of the arguments: while a model is trained, that is the reason to tell.
+        _check_mode(model)
         call = read_arguments(self.original, model.config, args, kwargs)
         pooling = pooling_behind(model)
         if pooling is not None and not call.output_hidden_states:
@@ -288,7 +291,7 @@ class EncoderState:
         first_token_alone: bool,
     ) -> tuple[Tensor, PackedBatch]:
         """The last hidden state, packed, and how it is packed; see :func:`engine.encode`."""
-        _check_mode(model, call)
+        _check_tensors(call)
         ahead: _Ahead | None = None
         if collect is None and self._launches_ahead:
             ahead = self._launch(call, readers, reads_first, first_token_alone)
@@ -440,7 +443,7 @@ def _leaves_padding_out(config: Any) -> bool:
     return str(getattr(config, "_attn_implementation", None)).startswith("flash")
 
 
-def _check_mode(model: nn.Module, call: Arguments) -> None:
+def _check_mode(model: nn.Module) -> None:
     for name in ("is_decoder", "is_causal"):
         if setting(model.config, name, False):
             raise NotFastError(name)
@@ -448,14 +451,20 @@ def _check_mode(model: nn.Module, call: Arguments) -> None:
         raise NotFastError("training mode (call model.eval())")
     if model.__dict__.get("_is_replica"):
         raise NotFastError("a replica of nn.DataParallel")
-    if torch.is_grad_enabled() and (
-        any(p.requires_grad for p in model.parameters())
-        or (call.inputs_embeds is not None and call.inputs_embeds.requires_grad)
-    ):
-        raise NotFastError("gradients are enabled (use torch.inference_mode() or torch.no_grad())")
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        raise NotFastError(_GRADIENTS)
     if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotFastError("torch.func or forward-mode autograd")
-    if torch.is_autocast_enabled(call.source.device.type):
-        raise NotFastError("autocast (cast the model instead: model.half() or model.bfloat16())")
     if torch.jit.is_tracing():
         raise NotFastError("torch.jit tracing")
+
+
+def _check_tensors(call: Arguments) -> None:
+    embeds = call.inputs_embeds
+    if embeds is not None and embeds.requires_grad and torch.is_grad_enabled():
+        raise NotFastError(_GRADIENTS)
+    if torch.is_autocast_enabled(call.source.device.type):
+        raise NotFastError("autocast (cast the model instead: model.half() or model.bfloat16())")
+
+
+_GRADIENTS = "gradients are enabled (use torch.inference_mode() or torch.no_grad())"
