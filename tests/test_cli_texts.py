@@ -16,6 +16,7 @@ pytest.importorskip("rich")
 from cli_runs import BLOCK, TEXTS, call, keep_threads, lines, model, one_line, tiny_model
 
 from encoder_fast import TextEncoder
+from encoder_fast.cli.errors import UserError
 from encoder_fast.cli.records import Record, Source
 from encoder_fast.text.runner import Runner
 from encoder_fast.text.vectors import quantise
@@ -184,12 +185,21 @@ CSV, JSONL = "id,body\n1,good\n", '{"body": "good"}\n'
         ("in.csv", CSV.encode() + b"2,\xff\n", "in.csv, line 3: byte 0xff is not UTF-8"),
         ("in.csv", "id,text\n1,a\n", "has no column 'body'; it has 'id', 'text'"),
         ("in.csv", "", "is empty: a csv begins with"),
+        ("in.csv", "\ufeff", "is empty: a csv begins with"),
+        ("in.csv", "\ufeffbody,id,body\na,1,b\n", "in.csv has 2 columns 'body'"),
+        ("in.CSV", CSV + "2,b,c\n", "in.CSV, line 3: 3 fields"),
+        ("in.tsv", "body\tbody\na\tb\n", "in.tsv has 2 columns 'body'"),
         ("in.jsonl", JSONL + '{"body": "torn\n', "in.jsonl, line 2: no JSON"),
         ("in.jsonl", JSONL + '{"body": 3}\n', "line 2: 'body' is a number, not a string"),
         ("in.jsonl", JSONL + '{"body": null}\n', "line 2: 'body' is null, not a string"),
         ("in.jsonl", JSONL + '\n"bare"\n', "line 3: a string, not an object"),
         ("in.jsonl", JSONL + '{"text": "a"}\n', "line 2: no key 'body'; it has 'text'"),
         ("in.jsonl", JSONL + "[" * 100_000, "line 2: no JSON"),
+        (
+            "in.JSONL",
+            JSONL + '{"body": "a", "body": "b"}\n',
+            "line 2: an object has the key 'body' 2",
+        ),
         ("in.parquet", b"PAR1 and no more", "can't be read as parquet"),
         ("in.pq", b"", "can't be read as parquet"),
         ("in.docx", "a", "the name does not tell the format"),
@@ -214,8 +224,10 @@ def test_broken_inputs(
         ({"body": ["a", None]}, "row 1: 'body' is null"),
         ({"text": ["a"]}, "has no column 'body'"),
         ({"body": ["a"], "id": [1.5]}, "the id 'id' is a number"),
+        ({"body": ["a"], "id": [b"b"]}, "the id 'id' is of type bytes"),
+        ({"body": [None, None]}, "column 'body' is null, not string"),
     ],
-    ids=["numbers", "null", "absent", "id"],
+    ids=["numbers", "null", "absent", "id", "bytes", "nulls"],
 )
 def test_broken_parquet(
     model: Path, tmp_path: Path, monkeypatch, capsys, column: dict, message: str
@@ -228,6 +240,60 @@ def test_broken_parquet(
     arguments = ("embed", path, "--column", "body", *ids, "-m", model, "-o", tmp_path / "o.jsonl")
     assert call(monkeypatch, *arguments) == 1
     assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize("twice", ["body", "id"])
+def test_parquet_columns_of_one_name(tmp_path: Path, twice: str) -> None:
+    """An error where the name is asked for; others may have any name."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = str(tmp_path / "in.PARQUET")
+    names = ["body", "id", twice, "other", "other"]
+    table = pyarrow.Table.from_arrays([pyarrow.array([name]) for name in "abcde"], names=names)
+    parquet.write_table(table, path)
+    with pytest.raises(UserError, match=f"has 2 columns '{twice}'"):
+        list(Source(path, None, "body", "id"))
+    if twice == "id":
+        assert list(Source(path, None, "body", None)) == [Record(0, "a")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoded"),
+    # pyarrow writes no dictionary of string views
+    [("string", False), ("string", True), ("large_string", True), ("string_view", False)],
+)
+def test_kinds_of_parquet_strings(tmp_path: Path, kind: str, encoded: bool) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    values = pyarrow.array(["b", "ü", "b"], getattr(pyarrow, kind)())
+    if encoded:
+        values = values.dictionary_encode()
+    path = str(tmp_path / "in.pq")
+    parquet.write_table(pyarrow.table({"text": values, "id": values}), path)
+    assert list(Source(path, None, None, "id")) == [Record(text, text) for text in ("b", "ü", "b")]
+    wrong = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        1,
+        [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")],
+    )
+    parquet.write_table(pyarrow.table({"text": wrong}), path)
+    with pytest.raises(UserError, match="byte 0xff is not UTF-8"):
+        list(Source(path, None, None, None))
+
+
+def test_names_in_capitals(tmp_path: Path) -> None:
+    """As exports on Windows have them: the same records."""
+    for name, content in (
+        ("in.TXT", "a b\n"),
+        ("in.Csv", '\ufefftext,id\n"a b",1\n'),
+        ("in.TSV", "\ufeff\ntext\tid\na b\t1\n"),
+        ("in.NDJSON", '\ufeff{"text": "a b"}\n'),
+    ):
+        path = tmp_path / name
+        path.write_text(content, "utf-8")
+        assert list(Source(str(path), None, None, None)) == [Record(0, "a b")]
+    (tmp_path / "mark.txt").write_text("\ufeff", "utf-8")
+    assert list(Source(str(tmp_path / "mark.txt"), None, None, None)) == []
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,15 @@ _LONGEST_FIELD = 100_000_000
 
 _PARQUET_ROWS = 1024
 
-_JSON_TYPES = {dict: "an object", list: "a list", bool: "a truth value", type(None): "null"}
+_JSON_TYPES: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a truth value",
+    type(None): "null",
+}
 
 
 class Record(NamedTuple):
@@ -65,6 +73,8 @@ class Source:
     ) -> None:
         self.path = path
         self.name = "standard input" if path == STANDARD else path
+        if path == STANDARD and sys.stdin is None:
+            raise UserError("standard input is closed")
         mode = None if path == STANDARD else _mode(path)
         self.rereadable = mode is not None and stat.S_ISREG(mode)
         self.format = format or _guess(path)
@@ -91,23 +101,25 @@ class Source:
 
     @contextmanager
     def _opened(self) -> Iterator[BinaryIO]:
-        if self.path == STANDARD:
-            yield sys.stdin.buffer
-            return
         try:
+            if self.path == STANDARD:
+                yield sys.stdin.buffer
+                return
             with open(self.path, "rb") as file:
                 yield file
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}") from None
+            raise UserError(f"{self.name}: {error.strerror or first_line(error)}") from None
 
     def _decoded(self, file: BinaryIO) -> Iterator[str]:
         """The lines, their ends kept. Only a newline ends one: a text may hold U+2028."""
         for number, line in enumerate(file, 1):
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                byte = line[error.start]
-                raise self._wrong(f"line {number}", f"byte 0x{byte:02x} is not UTF-8") from None
+                raise self._wrong(f"line {number}", _not_utf8(error)) from None
+            # nothing is left of a file that holds a byte order mark alone
+            if text:
+                yield text
 
     def _text(self, lines: Iterator[str]) -> Iterator[Record]:
         for number, line in enumerate(lines):
@@ -115,11 +127,11 @@ class Source:
 
     def _csv(self, lines: Iterator[str]) -> Iterator[Record]:
         csv.field_size_limit(_LONGEST_FIELD)
-        delimiter = "\t" if self.path.endswith(".tsv") else ","
+        delimiter = "\t" if Path(self.path).suffix.lower() == ".tsv" else ","
         rows = csv.reader(lines, delimiter=delimiter, strict=True)
         first = 1
         try:
-            header = next(rows, None)
+            header = next(filter(None, rows), None)
             if header is None:
                 raise UserError(f"{self.name} is empty: a csv begins with the names of its columns")
             column = self._find(self.column, header)
@@ -145,9 +157,11 @@ class Source:
                 continue
             where = f"line {line_number}"
             try:
-                value = json.loads(line)
+                value = json.loads(line, object_pairs_hook=self._object)
             except (ValueError, RecursionError) as error:
                 raise self._wrong(where, f"no JSON: {first_line(error)}") from None
+            except UserError as error:
+                raise self._wrong(where, str(error)) from None
             if not isinstance(value, dict):
                 raise self._wrong(where, f"{_name(value)}, not an object with a key for the text")
             text = value.get(self.column) if self.column in value else self._absent(where, value)
@@ -155,6 +169,15 @@ class Source:
                 raise self._wrong(where, f"{self.column!r} is {_name(text)}, not a string")
             yield Record(self._id(value, number, where), text)
             number += 1
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names: list[str | None] = [name for name, _ in pairs]
+            for name in (self.column, self.id_column):
+                if names.count(name) > 1:
+                    raise UserError(f"an object has the key {name!r} {names.count(name)} times")
+        return found
 
     def _absent(self, where: str, value: dict) -> Any:
         keys = ", ".join(map(repr, value)) or "none"
@@ -187,14 +210,20 @@ class Source:
                         ids = dict(zip(wanted, values, strict=True))
                         yield Record(self._id(ids, number, where), values[0])
                         number += 1
+        except UnicodeDecodeError as error:
+            raise self._wrong(f"rows from {number} on", _not_utf8(error)) from None
         except pyarrow.ArrowException as error:
             raise UserError(f"{self.path} can't be read as parquet: {first_line(error)}") from None
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or first_line(error)}") from None
 
     def _check_type(self, kind: Any, pyarrow: Any) -> None:
-        values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if not (pyarrow.types.is_string(values) or pyarrow.types.is_large_string(values)):
+        types = pyarrow.types
+        values = kind.value_type if types.is_dictionary(kind) else kind
+        if not any(
+            is_text(values)
+            for is_text in (types.is_string, types.is_large_string, types.is_string_view)
+        ):
             raise UserError(f"{self.path}: column {self.column!r} is {kind}, not string")
 
     def _find(self, name: str, names: Iterable[str]) -> int:
@@ -202,6 +231,8 @@ class Source:
         if name not in names:
             found = ", ".join(map(repr, names))
             raise UserError(f"{self.name} has no column {name!r}; it has {found}")
+        if names.count(name) > 1:
+            raise UserError(f"{self.name} has {names.count(name)} columns {name!r}")
         return names.index(name)
 
     def _wrong(self, where: str, what: str) -> UserError:
@@ -245,8 +276,10 @@ def _guess(path: str) -> str:
     return _SUFFIXES[suffix]
 
 
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+
+
 def _name(value: Any) -> str:
-    """A JSON value's type, for an error."""
-    if isinstance(value, str):
-        return "a string"
-    return _JSON_TYPES.get(type(value), "a number")
+    """A value's type, for an error; parquet has more of them than JSON."""
+    return _JSON_TYPES.get(type(value), f"of type {type(value).__name__}")
