@@ -6,6 +6,7 @@ A command imports PyTorch and transformers when it runs, so that ``--help`` answ
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -17,7 +18,7 @@ from encoder_fast.cli.bench import bench
 from encoder_fast.cli.classify import classify
 from encoder_fast.cli.demo import demo
 from encoder_fast.cli.embed import embed
-from encoder_fast.cli.errors import INTERRUPTED, UserError
+from encoder_fast.cli.errors import INTERRUPTED, UserError, first_line, say
 from encoder_fast.cli.info import info
 from encoder_fast.cli.parity import parity
 from encoder_fast.cli.tag import tag
@@ -81,14 +82,59 @@ def _common(
 
 
 def main() -> None:
-    """Run a command. A user's mistake ends in one line on stderr and status 1, or 2 for usage."""
+    """Run a command. What goes wrong ends in one line on stderr and status 1, or 2 for usage.
+
+    Python's own switch for developers, ``python -X dev``, gives tracebacks instead.
+    """
+    _occupy_standard_numbers()
     try:
-        app()
-    except (
+        try:
+            app()
+        finally:
+            _flush_output()
+    except BrokenPipeError:
+        # whoever reads the output has gone: the shell's own way to end a pipeline
+        sys.exit(1)
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        say(_told(error))
+        sys.exit(error.status if isinstance(error, UserError) else 1)
+
+
+def _told(error: Exception) -> str:
+    ours = (
         UserError,
         encoder_fast.UnsupportedModelError,
         encoder_fast.BackendUnavailableError,
         encoder_fast.FallbackError,
-    ) as error:
-        print(f"encoder-fast: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.status if isinstance(error, UserError) else 1)
+    )
+    if isinstance(error, ours):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _occupy_standard_numbers() -> None:
+    """Keep files from the numbers of standard streams that are closed: libraries write to these."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _flush_output() -> None:
+    """Write what is left to standard output, while an error can still be told."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes again at exit, and must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise UserError(f"standard output: {error.strerror}") from None

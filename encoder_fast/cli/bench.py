@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +64,7 @@ def bench(
     from encoder_fast.cli.plot import check_plot, draw
 
     for option, path in (("--out", out), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is not None and not os.path.isdir(path.absolute().parent):
             raise UserError(f"{option} {path}: no such folder to write to")
     if plot is not None:
         check_plot(plot)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 from collections.abc import Sequence
@@ -101,10 +102,10 @@ class Checkpoint:
         return dict(self.tokenizer.pad(rows, return_tensors="pt").to(self.device))
 
     def _wrong(self, what: str, error: Exception) -> UserError:
-        folder = Path(self.path)
-        if folder.is_dir() and not any(folder.rglob("config.json")):
+        # os.path's answer to a name that is too long is no, pathlib's an exception
+        if os.path.isdir(self.path) and not any(Path(self.path).rglob("config.json")):
             return UserError(f"no model in {self._named}: a folder with a config.json is needed")
-        if not folder.exists() and self.path.startswith((".", "/", "~")):
+        if not os.path.exists(self.path) and self.path.startswith((".", "/", "~")):
             return UserError(f"{self._named}: no such folder")
         return UserError(f"{what} in {self._named}: {first_line(error)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,9 +45,9 @@ def demo(
     """
     from rich.console import Console
 
-    if model is not None and not model.is_dir():
+    if model is not None and not os.path.isdir(model):
         raise UserError(f"--model {model}: no such folder")
-    if out is not None and not out.absolute().parent.is_dir():
+    if out is not None and not os.path.isdir(out.absolute().parent):
         raise UserError(f"--out {out}: no such folder to write to")
     console = Console(highlight=False)
     with console.status("loading"):

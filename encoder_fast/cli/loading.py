@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from encoder_fast.cli.errors import UserError, first_line
+from encoder_fast.cli.errors import UserError, first_line, say
 
 if TYPE_CHECKING:
     from encoder_fast.text import TextEncoder
@@ -64,9 +63,9 @@ def loading_errors(model: str) -> Iterator[None]:
     except Exception as error:
         # a damaged file raises whatever its reader has, safetensors an exception of its own
         hint = ""
-        if not Path(model).exists():
+        if not os.path.exists(model):
             hint = "no such folder here, and as a name on the hub: "
-        elif not (Path(model) / "config.json").exists():
+        elif not os.path.exists(os.path.join(model, "config.json")):
             hint = "a folder with a config.json is needed: "
         raise UserError(f"--model {model}: {hint}{first_line(error)}") from error
 
@@ -98,7 +97,7 @@ def load_encoder(choice: ModelChoice) -> TextEncoder:
     for one in said:
         # other packages' remarks are no news to who runs a command
         if "runs its own padded forward" in str(one.message):
-            print(f"encoder-fast: note: {one.message}", file=sys.stderr)
+            say(f"note: {one.message}")
     return encoder
 
 

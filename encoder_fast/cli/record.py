@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from encoder_fast.cli.parts import replace_file
+
 if TYPE_CHECKING:
     from encoder_fast.cli.demo_run import DemoResult
 
@@ -50,9 +52,7 @@ def write_record(path: Path, result: DemoResult) -> None:
             for batch in result.batches
         ],
     }
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)
+    replace_file(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def _command() -> str:
