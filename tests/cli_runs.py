@@ -12,6 +12,7 @@ import torch
 from berts import tiny
 
 from encoder_fast.cli import main
+from encoder_fast.text.runner import Runner
 
 LETTERS = [chr(c) for c in range(ord("a"), ord("z") + 1)]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS)]
@@ -44,6 +45,23 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     message = capsys.readouterr().err
     assert message.startswith("encoder-fast: ") and message.count("\n") == 1, message
     return message
+
+
+class Stop:
+    """Makes the model raise after it has run a number of batches."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, batches: int, error: BaseException):
+        original = Runner.pooled
+
+        def pooled(runner: Runner, *arguments: object) -> object:
+            if self.left == 0:
+                self.left -= 1
+                raise error
+            self.left -= 1
+            return original(runner, *arguments)
+
+        self.left = batches
+        monkeypatch.setattr(Runner, "pooled", pooled)
 
 
 # The fourth is longer than the model takes; the last is empty.

@@ -14,32 +14,14 @@ import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
-from cli_runs import BLOCK, call, keep_threads, lines, model, one_line, tiny_model
+from cli_runs import BLOCK, Stop, call, keep_threads, lines, model, one_line, tiny_model
 
 from encoder_fast import TextEncoder
-from encoder_fast.text.runner import Runner
 
 __all__ = ["keep_threads", "lines", "model"]  # fixtures
 
 # of the texts that are longer than the model takes
 pytestmark = pytest.mark.filterwarnings("ignore:.* were cut")
-
-
-class Stop:
-    """Makes the model raise after it has run a number of batches."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, batches: int, error: BaseException):
-        original = Runner.pooled
-
-        def pooled(runner: Runner, *arguments: object) -> object:
-            if self.left == 0:
-                self.left -= 1
-                raise error
-            self.left -= 1
-            return original(runner, *arguments)
-
-        self.left = batches
-        monkeypatch.setattr(Runner, "pooled", pooled)
 
 
 @pytest.mark.parametrize("to", ["npy", "jsonl", "parquet"])

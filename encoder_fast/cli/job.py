@@ -4,6 +4,9 @@ Memory holds the records of two blocks. A block's results go to a folder beside 
 is done (:mod:`encoder_fast.cli.parts`); at the end they become the output, which takes its name by
 a rename. Blocks begin at the same records in every run and nothing is carried from one to the next,
 so a run that was interrupted ends with the same bytes as one that was not.
+
+The input is read twice, and hashed both times: results are of the records that were hashed first,
+or there are none.
 """
 
 from __future__ import annotations
@@ -16,18 +19,18 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from encoder_fast.cli.errors import INTERRUPTED, UserError, first_line
+from encoder_fast.cli.errors import INTERRUPTED, UselessError, UserError, first_line, say
 from encoder_fast.cli.loading import ModelChoice, fingerprint, load_encoder
 from encoder_fast.cli.output import Output
 from encoder_fast.cli.parts import Part, Unfinished
-from encoder_fast.cli.records import STANDARD, Source
+from encoder_fast.cli.records import STANDARD, Record, Source
 from encoder_fast.cli.writing import Writer
 
 if TYPE_CHECKING:
@@ -69,29 +72,39 @@ class Job:
         Raises:
             UserError: something is wrong with the input, the model or the output.
         """
-        start = time.perf_counter()
-        digest, count = self._scan() if self.source.rereadable else (None, None)
-        if count is not None:
-            self.check(count)
-        encoder = load_encoder(self.choice)
-        running = _Running(self, encoder, count)
         if self.output.is_stream:
+            self._run(None)
+            return
+        with Unfinished(self.output.unfinished) as unfinished:
+            # once more: another run may have ended in the meantime
+            self.output.check()
+            self._run(unfinished)
+
+    def _run(self, unfinished: Unfinished | None) -> None:
+        start = time.perf_counter()
+        may_be_done = unfinished is not None and self.output.may_be_done
+        read = self._scan() if self.source.rereadable or may_be_done else None
+        if read is not None:
+            self.check(read.count)
+        encoder = load_encoder(self.choice)
+        running = _Running(self, encoder, read)
+        if unfinished is None:
             running.to_stream()
+        elif may_be_done:
+            running.is_done(unfinished)
+            return
         else:
-            running.to_file(self._identity(encoder, digest, count))
+            running.to_file(unfinished)
         running.summary(time.perf_counter() - start)
 
-    def _scan(self) -> tuple[str, int]:
+    def _scan(self) -> _Read:
         """Read the whole input once, so that a broken record is found before hours of work."""
-        digest, count = hashlib.sha256(), 0
+        read = _Read()
         for record in self.source:
-            digest.update(json.dumps(record).encode())
-            count += 1
-        return digest.hexdigest(), count
+            read.add(record)
+        return read
 
-    def _identity(
-        self, encoder: TextEncoder, digest: str | None, count: int | None
-    ) -> dict[str, Any]:
+    def identity(self, encoder: TextEncoder, read: _Read | None) -> dict[str, Any]:
         """All that the results depend on, down to the last bit."""
         import torch
         import transformers
@@ -100,7 +113,7 @@ class Job:
 
         return {
             **self.options,
-            "input": f"{count} records, SHA-256 {digest}",
+            "input": "a pipe" if read is None else f"{read.count} records, SHA-256 {read.digest}",
             "model": f"SHA-256 {fingerprint(encoder)}",
             "device": str(encoder.model.device),
             "dtype": str(encoder.model.dtype),
@@ -113,19 +126,38 @@ class Job:
         }
 
 
-class _Running:
-    """One run of a job."""
+class _Read:
+    """How many records were read, and a hash of them all."""
 
-    def __init__(self, job: Job, encoder: TextEncoder, count: int | None) -> None:
+    def __init__(self) -> None:
+        self.count = 0
+        self._sha256 = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        return self._sha256.hexdigest()
+
+    def add(self, record: Record) -> None:
+        self.count += 1
+        self._sha256.update(json.dumps(record).encode())
+
+
+class _Running:
+    """One run of a job; ``read`` is what its input was at the first reading, if it had one."""
+
+    def __init__(self, job: Job, encoder: TextEncoder, read: _Read | None) -> None:
         self.job = job
         self.encoder = encoder
-        self.count = count
+        self.read = read
+        self.count = None if read is None else read.count
         self.done = self.before = self.cut = 0
+        # of the records before that one
+        self.read_before = ""
 
     def to_stream(self) -> None:
         """Write results as they come."""
         job = self.job
-        parts = chain([Part([], job.empty(self.encoder))], (part for part, _ in self._parts()))
+        parts = chain([Part([], job.empty(self.encoder))], (part for part, *_ in self._parts()))
         with self._errors():
             if job.output.path == STANDARD:
                 job.writer(self.encoder)(parts, sys.stdout.buffer)
@@ -134,39 +166,43 @@ class _Running:
             with open(job.output.path, "wb") as file:
                 job.writer(self.encoder)(parts, file)
 
-    def to_file(self, identity: dict[str, Any]) -> None:
+    def to_file(self, unfinished: Unfinished) -> None:
         """Collect results beside the output; make the output of them once they are whole."""
-        job = self.job
-        folder = job.output.unfinished
-        unfinished: Unfinished | None = None
-        finished = False
-        try:
-            with self._errors():
-                unfinished = Unfinished(folder, identity, resume=job.output.resume)
-                self._go_on(unfinished)
-                for part, cut in self._parts():
-                    budget = self.encoder.tokens_per_batch
-                    unfinished.append(part, cut=cut, tokens_per_batch=budget)
-                    self.done += len(part.ids)
-                with open(folder / "result", "wb") as file:
-                    self._write(unfinished, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                (folder / "result").replace(job.output.target)
-                finished = True
-        finally:
-            if unfinished is not None and (finished or not self._keeps):
-                unfinished.remove()
-            elif unfinished is not None:
-                unfinished.close()
+        output = self.job.output
+        identity = self.job.identity(self.encoder, self.read)
+        unfinished.begin(identity, resume=output.resume, keeps=self.read is not None)
+        with self._errors(unfinished):
+            self._go_on(unfinished)
+            for part, cut, read in self._parts():
+                budget = self.encoder.tokens_per_batch
+                unfinished.append(part, cut=cut, tokens_per_batch=budget, read=read)
+                self.done += len(part.ids)
+            with unfinished.create("result") as file:
+                self._write(unfinished, file)
+                file.flush()
+                os.fsync(file.fileno())
+                output.mark(file.fileno(), self.job.identity(self.encoder, self.read))
+            if output.may_be_done:
+                raise UserError(f"{output.path} is there now: --resume --overwrite replaces it")
+            unfinished.move("result", output.target)
+            unfinished.keep = False
 
-    @property
-    def _keeps(self) -> bool:
-        """Whether what is done is of use to a later run."""
-        return self.job.source.rereadable and self.done > 0
+    def is_done(self, unfinished: Unfinished) -> None:
+        """Leave a finished output as it is, if this run would write the same.
 
-    def _kept(self) -> str:
-        if not self._keeps:
+        Raises:
+            UserError: it would not.
+        """
+        identity = self.job.identity(self.encoder, self.read)
+        self.job.output.check_done(identity)
+        # a run that was killed at its very end left these
+        with suppress(UserError, OSError):
+            unfinished.begin(identity, resume=True, keeps=False)
+            unfinished.keep = False
+        self._say(f"{self.job.output.path} is done already")
+
+    def _kept(self, unfinished: Unfinished | None) -> str:
+        if unfinished is None or not unfinished.keep:
             return ""
         return (
             f"; {self.done:,} of {self.count:,} records are kept in {self.job.output.unfinished}: "
@@ -174,7 +210,7 @@ class _Running:
         )
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, unfinished: Unfinished | None = None) -> Iterator[None]:
         """Make a :class:`UserError` of what can go wrong while the model runs."""
         from encoder_fast.text.batching import is_out_of_memory
         from encoder_fast.text.chunking import TextTooLongError
@@ -182,51 +218,68 @@ class _Running:
         try:
             yield
         except KeyboardInterrupt:
-            raise UserError(f"interrupted{self._kept()}", INTERRUPTED) from None
-        except UserError as error:
-            raise UserError(f"{error}{self._kept()}", error.status) from None
-        except BrokenPipeError:
-            # whoever reads the output has gone: the shell's own way to end a pipeline
+            raise UserError(f"interrupted{self._kept(unfinished)}", INTERRUPTED) from None
+        except UselessError:
+            if unfinished is not None:
+                unfinished.keep = False
+            raise
+        except (UserError, BrokenPipeError):
             raise
         except OSError as error:
             where = error.filename or self.job.output.path
-            raise UserError(f"{where}: {error.strerror or error}{self._kept()}") from error
+            what = error.strerror or first_line(error)
+            raise UserError(f"{where}: {what}{self._kept(unfinished)}") from error
         except TextTooLongError as error:
+            if unfinished is not None:
+                unfinished.keep = False
             raise UserError(
                 f"record {error.index + self.before} has {error.tokens:,} tokens and "
                 f"{error.room:,} fit: --long-text truncate or chunk"
             ) from None
-        except (ValueError, IndexError) as error:
-            raise UserError(f"{first_line(error)}{self._kept()}") from error
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(f"memory ran out over one single text{self._kept()}") from error
+        except Exception as error:
+            what = first_line(error)
+            if is_out_of_memory(error):
+                what = "memory ran out over one single text"
+            elif not isinstance(error, (ValueError, IndexError)):
+                what = f"{type(error).__name__}: {what}"
+            raise UserError(f"{what}{self._kept(unfinished)}") from error
 
     def _go_on(self, unfinished: Unfinished) -> None:
         self.done = self.before = unfinished.records
         self.cut = sum(entry.cut for entry in unfinished.entries)
+        if unfinished.dropped:
+            self._say(f"{unfinished.dropped:,} blocks that were kept are damaged: made again")
         if unfinished.entries:
             self.encoder.tokens_per_batch = unfinished.entries[-1].tokens_per_batch
+            self.read_before = unfinished.entries[-1].read
             self._say(f"going on after {self.done:,} of {self.count:,} records")
 
     def _write(self, unfinished: Unfinished, file: BinaryIO) -> None:
         first = Part([], self.job.empty(self.encoder))
         self.job.writer(self.encoder)(chain([first], self.job.finish(unfinished)), file)
 
-    def _parts(self) -> Iterator[tuple[Part, int]]:
-        """Results by the block, each with how many of its texts were cut."""
+    def _parts(self) -> Iterator[tuple[Part, int, str]]:
+        """Results by the block, how many of its texts were cut, and a hash of all read so far."""
         job, first = self.job, self.before
-        ids: deque[str | int] = deque()
+        read = _Read()
+        # of the records whose results are to come: what they are called, and the hash up to them
+        waiting: deque[tuple[str | int, str]] = deque()
 
         def texts() -> Iterator[str]:
-            for record in islice(job.source, first, None):
-                ids.append(record.id)
+            # records that were added to the input since its first reading are none of this run's
+            for record in self._unchanged(islice(job.source, self.count)):
+                read.add(record)
+                if read.count <= first:
+                    # what an earlier run read might have been changed back since
+                    if read.count == first and read.digest != self.read_before:
+                        raise self._changed()
+                    continue
+                waiting.append((record.id, read.digest))
                 yield record.text
 
         number = first
         given = texts() if self.count is None else _Sized(texts(), self.count - first)
-        show = sys.stderr.isatty() and not job.quiet
+        show = sys.stderr is not None and sys.stderr.isatty() and not job.quiet
         with warnings.catch_warnings():
             # the summary says how many texts were cut
             warnings.filterwarnings("ignore", message=".* were longer than")
@@ -238,10 +291,23 @@ class _Running:
                 cut = self.encoder.report().cut - before
                 before += cut
                 self.cut += cut
-                yield Part([ids.popleft() for _ in range(len(results))], results), cut
-        if self.count is not None and number != self.count:
-            raise UserError(f"{job.source.name} was changed while it was read")
-        self.count = number
+                done = [waiting.popleft() for _ in range(len(results))]
+                yield Part([name for name, _ in done], results), cut, done[-1][1]
+        if self.read is not None and (number, read.digest) != (self.count, self.read.digest):
+            raise self._changed()
+        self.read, self.count = read, number
+
+    def _unchanged(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records of the second reading: what is broken in them was not so in the first."""
+        try:
+            yield from records
+        except UserError:
+            if self.read is None:
+                raise
+            raise self._changed() from None
+
+    def _changed(self) -> UserError:
+        return UselessError(f"{self.job.source.name} was changed while it was read")
 
     def summary(self, seconds: float) -> None:
         ran = (self.count or 0) - self.before
@@ -258,7 +324,7 @@ class _Running:
 
     def _say(self, message: str) -> None:
         if not self.job.quiet:
-            print(f"encoder-fast: {message}", file=sys.stderr)
+            say(message)
 
 
 class _Sized:
@@ -278,7 +344,7 @@ class _Sized:
 def _check_finite(vectors: np.ndarray, first: int) -> None:
     wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(wrong):
-        raise UserError(
+        raise UselessError(
             f"the vector of record {first + wrong[0]} is not finite: the model overflows; "
             "--dtype float32 has a wider range"
         )

@@ -131,7 +131,7 @@ def _ids(pyarrow: Any, ids: list[str | int], kind: Any) -> Any:
     except (pyarrow.ArrowException, UnicodeEncodeError, OverflowError) as error:
         raise UserError(
             f"the ids don't fit one column of parquet, of {kind}, as the first id is: "
-            f"{' '.join(str(error).split())}"
+            f"{' '.join(str(error).split())}; --format jsonl takes any"
         ) from None
 
 
