@@ -92,7 +92,6 @@ READERS: dict[str, Callable[[str], Any]] = {
     "CNN behind a router": lambda folder: sequence_of_routes(
         folder, [], [CNN(48, 16), Pooling(48)]
     ),
-    "CNN in a user's module": lambda folder: Holder(READERS["CNN"](folder)),
     "CNN in a plain sequence": lambda folder: Holder(
         nn.Sequential(Transformer(folder), CNN(48, 16, [3]), Pooling(16)).to(DEVICE).eval()
     ),
@@ -270,6 +269,20 @@ def test_the_loss_of_answers_is_over_all_columns(family: str) -> None:
     assert encoder_fast.report(model).fast_calls == 2
 
 
+def test_the_loss_of_answers_under_a_wrapper_set_before() -> None:
+    """It goes around what is patched, and nobody says whether a loss is asked for."""
+    model, call = tiny("BertForQuestionAnswering"), inputs("right")
+    spans = torch.tensor([1, 2, 0, 1], device=DEVICE)
+    inner = model.forward
+    model.forward = lambda **given: inner(**given)
+    with torch.inference_mode():
+        expected = model(**call, start_positions=spans, end_positions=spans).loss
+        encoder_fast.patch(model)
+        loss = model(**call, start_positions=spans, end_positions=spans).loss
+    assert torch.equal(loss, expected)
+    assert "whose forward was replaced before patch()" in reasons(model)
+
+
 @pytest.mark.parametrize("head", ["ForTokenClassification", "ForMaskedLM", "ForPreTraining"])
 @pytest.mark.parametrize("family", ["bert", "electra"])
 def test_labels_of_padded_positions(family: str, head: str) -> None:
@@ -290,6 +303,28 @@ def test_labels_of_padded_positions(family: str, head: str) -> None:
         assert encoder_fast.report(model).fast_calls == is_masked
         model(**call, labels=labels.masked_fill(padding, -100), **others)
     assert encoder_fast.report(model).fast_calls == 1 + is_masked
+
+
+def test_a_loss_under_torch_compile() -> None:
+    """What a traced head says would not be heard, so with a loss it is not traced."""
+    torch._dynamo.reset()
+    model, call = encoder_fast.patch(tiny("BertForTokenClassification")), inputs("right")
+    compiled = torch.compile(model, backend="eager")
+    with torch.inference_mode():
+        compiled(**call, labels=call["input_ids"] % 2)
+        compiled(**call)
+    assert "with labels other than -100" in reasons(model)
+    assert encoder_fast.report(model).fast_calls == 1
+
+
+def test_a_first_column_under_torch_compile() -> None:
+    torch._dynamo.reset()
+    model, call = zoo.build("roberta", "ForSequenceClassification"), call_for("roberta", "", "left")
+    with torch.inference_mode():
+        expected = model(**call).logits
+        logits = torch.compile(encoder_fast.patch(model), backend="eager")(**call).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert "left padding" in reasons(model)
 
 
 def dual_encoder() -> tuple[nn.Module, dict, str]:

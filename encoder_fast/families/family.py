@@ -97,6 +97,10 @@ class Family:
         names = self._names_of_head(cls)
         return bool(names) and not any(name in self.first_token_heads for name in names)
 
+    def answers_questions(self, cls: Any) -> bool:
+        """Whether ``cls`` is a model that finds answers: its loss is over all positions."""
+        return any(name.endswith("ForQuestionAnswering") for name in self._names_of_head(cls))
+
     def masks_its_loss(self, cls: Any) -> bool:
         """Whether the loss of ``cls`` goes by the mask, and not by the labels alone."""
         return "ElectraForPreTraining" in self._names_of_head(cls)

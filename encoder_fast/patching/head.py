@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from encoder_fast.families import Family
 from encoder_fast.families.family import has_own_forward, is_library_code
@@ -29,14 +29,20 @@ class Told:
     Attributes:
         alone: it reads the first token of each text, and nobody else sees what is returned.
         first_column: it reads the first token, and somebody else may see it.
-        padding: what reads padding, if anything does.
+        name: its class.
+        spans: it computes a loss over all positions.
+        labels: those of its loss over the positions that have one, ``(B, S)``.
     """
 
     encoder: nn.Module
+    name: str
     alone: bool = False
     first_column: bool = False
-    padding: str | None = None
+    spans: bool = False
+    labels: Tensor | None = None
 
+
+_LABELS = ("labels", "start_positions")
 
 _told: ContextVar[Told | None] = ContextVar("told_of_encoder", default=None)
 
@@ -72,37 +78,32 @@ class HeadState:
 
     def attempt(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The head's own forward, as ever."""
-        forward = self.original.forward
-        if torch.compiler.is_compiling():
-            return forward(model, *args, **kwargs)
+        # What a traced forward says is not heard. Without a loss the encoder can do without.
+        is_traced = torch.compiler.is_compiling()
+        if is_traced and all(kwargs.get(name) is None for name in _LABELS):
+            return self.original.forward(model, *args, **kwargs)
+        return self._run(model, args, kwargs)
+
+    @torch.compiler.disable
+    def _run(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         encoder = model._modules.get(self._encoder_name)
         with _telling(None if encoder is None else self._tell(model, encoder, args, kwargs)):
-            return forward(model, *args, **kwargs)
+            return self.original.forward(model, *args, **kwargs)
 
     def _tell(
         self, model: nn.Module, encoder: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> Told:
-        if self.family.is_token_level(self.original):
-            return Told(encoder, padding=self._loss_over_padding(model, args, kwargs))
-        alone = self._is_untouched(model, encoder)
-        reads_first = self.family.reads_first_column(self.original, model)
-        return Told(encoder, alone, first_column=reads_first and not alone)
-
-    def _loss_over_padding(
-        self, model: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> str | None:
-        """The loss that a call asks for, if padded positions count in it."""
         name = self.original.__name__
+        if not self.family.is_token_level(self.original):
+            alone = self._is_untouched(model, encoder)
+            reads_first = self.family.reads_first_column(self.original, model)
+            return Told(encoder, name, alone, first_column=reads_first and not alone)
         given = _by_name(self.original.forward, model, args, kwargs) if args else kwargs
-        if given.get("start_positions") is not None and given.get("end_positions") is not None:
-            return f"the loss of {name}, which is over all positions"
-        labels, mask = given.get("labels"), given.get("attention_mask")
-        if labels is None or mask is None or labels.shape != mask.shape:
-            return None
-        # Who asks for a loss looks at it, so one more look at the device does no harm.
-        if self.family.masks_its_loss(self.original) or not ((labels != -100) & (mask == 0)).any():
-            return None
-        return f"the loss of {name}, with labels other than -100 there"
+        spans = given.get("start_positions") is not None and given.get("end_positions") is not None
+        labels = given.get("labels")
+        if not isinstance(labels, Tensor) or self.family.masks_its_loss(self.original):
+            labels = None
+        return Told(encoder, name, spans=spans, labels=labels)
 
     def _is_untouched(self, model: nn.Module, encoder: nn.Module) -> bool:
         """Whether nobody but the library's own code sees what the encoder returns."""

@@ -74,7 +74,8 @@ def pack_call(
     if mask is None or known is not None or not skips_padding:
         _check_length(call, shape[1], spec)
     if known is not None:
-        _check_padding(readers, has_padding=known.indices is not None)
+        if known.indices is not None:
+            _check_padding(readers, mask)
         return known
     if mask is None:
         return pack_full(*shape, like.device)
@@ -88,7 +89,8 @@ def pack_call(
         raise NotFastError("an attention_mask with values other than 0 and 1")
     if not facts.ids_in_range:
         raise IndexError(f"input_ids must lie in [0, {vocab_size})")
-    _check_padding(readers, has_padding=facts.total < mask.numel())
+    if facts.total < mask.numel():
+        _check_padding(readers, mask)
     if facts.headless and readers.of_first_column is not None:
         raise NotFastError(
             f"a padded first column (left padding), which {readers.of_first_column} may read"
@@ -104,9 +106,16 @@ def pack_call(
     return pack(mask, facts, onlookers=reads_first, backend=backend)
 
 
-def _check_padding(readers: Readers, has_padding: bool) -> None:
-    if has_padding and readers.of_padding is not None:
+def _check_padding(readers: Readers, mask: Tensor | None) -> None:
+    """Refuse a batch with padding that is read."""
+    if readers.of_padding is not None:
         raise NotFastError(f"padding under {readers.of_padding}")
+    if readers.labels is None or mask is None:
+        return
+    labels, name = readers.labels
+    # Who asks for a loss looks at it, so one more look at the device does no harm.
+    if labels.shape == mask.shape and bool(((labels != -100) & (mask == 0)).any()):
+        raise NotFastError(f"padding under the loss of {name}, with labels other than -100 there")
 
 
 def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:

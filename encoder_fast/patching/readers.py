@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from encoder_fast.families import Family
 from encoder_fast.families.family import is_library_code
@@ -45,7 +45,7 @@ _MASKING_MODELS = {"EncoderDecoderModel", "VisionTextDualEncoderModel"}
 
 # And these read its first column, or hand it on to whatever does.
 _FIRST_COLUMN_MODELS = {
-    *("DPREncoder", "ModernVBertModel"),
+    *("DPREncoder", "ModernVBertModel", "UltraVBertModel"),
     *("PeAudioModel", "PeVideoModel", "PeAudioVideoModel"),
 }
 
@@ -61,11 +61,13 @@ class Readers:
         of_padding: what reads padding as if it were text, or may do so.
         of_first_column: what may read the first column, padding or not.
         own: the user's own code that reads it.
+        labels: of a loss that reads padding where they are not -100, and whose loss it is.
     """
 
     of_padding: str | None = None
     of_first_column: str | None = None
     own: str | None = None
+    labels: tuple[Tensor, str] | None = None
 
 
 POOLING = Readers()
@@ -100,8 +102,10 @@ class Surroundings:
         """Who reads what this call of ``encoder`` returns."""
         found = Readers()
         told = told_of(encoder)
-        if told is not None:
-            found.of_padding = told.padding
+        if told is not None and told.spans:
+            found.of_padding = f"the loss of {told.name}, which is over all positions"
+        if told is not None and told.labels is not None:
+            found.labels = told.labels, told.name
         is_held = False
         for root, names in self.places():
             way = _way_down(root, names, encoder)
@@ -141,12 +145,14 @@ class Surroundings:
     def _read_head(self, encoder: nn.Module, head: nn.Module, cls: Any, found: Readers) -> None:
         for child in head.children():
             code = original_class(child)
-            if child is not encoder and not _is_of(code.forward):
+            if child is not encoder and not _is_of(code.forward, ("transformers.", *_WRAPPERS)):
                 found.own = found.of_first_column = code.__name__
         told = told_of(encoder)
         if told is None:
-            # It says when it calls, unless a forward on the instance goes around what is patched.
-            is_reading = "forward" in head.__dict__ and self._family.reads_first_column(cls, head)
+            # It may be traced, or called through a forward that goes around what is patched.
+            is_reading = self._family.reads_first_column(cls, head)
+            if "forward" in head.__dict__ and self._family.answers_questions(cls):
+                found.of_padding = f"{cls.__name__}, whose forward was replaced before patch()"
         else:
             is_reading = told.first_column
         if is_reading and getattr(encoder, "pooler", None) is None:
