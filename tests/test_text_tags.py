@@ -255,6 +255,16 @@ def test_a_space_before_a_word_lends_it_its_label() -> None:
         assert read(tokenizer, text, labels) == [("PER", "李明", 2)]
 
 
+def test_bytes_of_one_stretch_are_one_word() -> None:
+    """Unigram with bytes gives all bytes of an unknown stretch the offsets of all of it."""
+    text = "北京。"
+    tokens = Tokens(np.arange(7), np.array([[0, 2]] * 6 + [[2, 3]]))
+    probabilities = np.eye(3, dtype=np.float32)[[1, 1, 2, 0, 1, 2, 0]]
+    labels = read_labels(["O", "B-LOC", "I-LOC"])
+    found = entities(text, tokens, probabilities, labels, "first", np.zeros(0, np.int64))
+    assert seen(found, text) == [("LOC", "北京", 0)]
+
+
 def tagger(tokenizer: transformers.PreTrainedTokenizerFast, names: list[str]) -> TextEncoder:
     """A tiny random model, for inputs of 48 tokens."""
     numbers = {name: number for number, name in enumerate(names)}
