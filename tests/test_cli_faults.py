@@ -547,7 +547,8 @@ def test_a_disk_that_is_full_at_any_write(
             status = call(inner, *arguments)
         if status == 0:
             break
-        assert "No space left on device" in one_line(capsys)
+        message = one_line(capsys)
+        assert f"encoder-fast: {out}" in message and ": No space left on device" in message
         assert not out.exists()
         assert call(monkeypatch, *arguments, "--resume") == 0
         assert out.read_bytes() == whole

@@ -254,7 +254,9 @@ class Unfinished:
 
     def _replace(self, name: str, content: bytes) -> None:
         """Write a file, whole or not at all."""
-        with self.create(name + ".new") as file:
+        file = self.create(name + ".new")
+        # closing it writes too
+        with self._named(name), file:
             file.write(content)
             _to_disk(file)
         with self._named(name):
