@@ -244,15 +244,23 @@ def test_the_first_token_speaks_for_its_word(
     assert read(tokenizer, text, labels) == expected(parts)
 
 
-def test_a_space_before_a_word_lends_it_its_label() -> None:
-    """XLM-R's first token of a word may be the space alone: what a model was trained to label."""
-    tokenizer = wrapped(TOKENIZERS["XLM-R"]())
+@pytest.mark.parametrize("kind", ["XLM-R", "Metaspace"])
+def test_a_space_before_a_word_lends_it_its_label(kind: str) -> None:
+    """A word's first token may be the space alone: what a model was trained to label."""
+    tokenizer = wrapped(TOKENIZERS[kind]())
     text = "于 李明 说"
     tokens = tokens_of(tokenizer, text)
     assert tokenizer.convert_ids_to_tokens(tokens.ids.tolist()).count("▁") == 3
     for said in (["O", "O", "B-PER", "O", "O", "O"], ["O", "O", "O", "B-PER", "O", "O"]):
         labels = [*said[:4], *["I-PER"] * (len(tokens.ids) - 6), *said[4:]]
         assert read(tokenizer, text, labels) == [("PER", "李明", 2)]
+
+
+def test_a_space_behind_the_text() -> None:
+    """Byte-level BPE gives it an empty place at the end."""
+    tokenizer = wrapped(byte_level())
+    labels = ["B-PER"] * len(tokens_of(tokenizer, "Ada  ").ids)
+    assert read(tokenizer, "Ada  ", labels)[-1][:2] == ("PER", "Ada")
 
 
 def test_bytes_of_one_stretch_are_one_word() -> None:
@@ -364,6 +372,9 @@ SCHEMES = {
     "O by another name": ("OUTSIDE B-PER I-PER", "O B:PER I:PER"),
     "O by any name": ("nix B-PER I-PER", "O B:PER I:PER"),
     "O by another name, no places": ("no_entity PER LOC", "O PER LOC"),
+    "O by any name, a class of one token": ("nix B-A I-A B-C", "O B:A I:A B:C"),
+    "a place on both sides": ("O I-CELL-B I-CELL-I", "O B:I-CELL I:I-CELL"),
+    "a letter": ("O B", "O B"),
     "fillers": ("O X [CLS] I-PER I-LOC", "O O O I:PER I:LOC"),
     "O by another name, a filler": ("other <pad> B-PER I-PER", "O O B:PER I:PER"),
     "no O": ("B-PER I-PER B-LOC", "B:PER I:PER B:LOC"),

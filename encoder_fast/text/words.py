@@ -66,7 +66,7 @@ class Words:
         before = self._word_of[(stops[:-1] - 1).clip(min=0)]
         # tokens overlap where they are parts of one character
         joined = (inside == before) | (starts[1:] < stops[:-1])
-        return np.concatenate([[True], ~(joined & ~blank[1:] | blank[:-1])])
+        return np.concatenate([[True], ~(joined | blank[:-1])])
 
 
 @cache
