@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encoder_fast.backends.memory import lacks_memory
 from encoder_fast.errors import NotFastError
 from encoder_fast.fingerprints import Samples, checksum_of_all
 from encoder_fast.looks import (
@@ -210,6 +211,7 @@ class WeightCache:
 
         Raises:
             NotFastError: a parameter is of another dtype or device, or is no plain tensor.
+            RuntimeError: the storage of one was freed.
         """
         # Buffers made under inference_mode could not be written outside it.
         with torch.inference_mode(False), torch.no_grad():
@@ -470,7 +472,10 @@ def _check_all(tensors: list[Tensor | None], like: Tensor) -> None:
 
 
 def _check_plain(tensor: Tensor, like: Tensor) -> None:
-    """Raise unless ``tensor`` is an ordinary dense tensor of the dtype and device of ``like``."""
+    """Raise unless ``tensor`` is an ordinary dense tensor of the dtype and device of ``like``.
+
+    Where it has no memory, ``RuntimeError``: the original raises the same or kills the process.
+    """
     if type(tensor) is not nn.Parameter and type(tensor) is not Tensor:
         raise NotFastError(f"a weight is a {type(tensor).__name__}, not a plain tensor")
     if not tensor.is_contiguous() and not (tensor.dim() == 2 and tensor.t().is_contiguous()):
@@ -479,3 +484,5 @@ def _check_plain(tensor: Tensor, like: Tensor) -> None:
         raise NotFastError(f"weights of {tensor.dtype} and {like.dtype} in one encoder")
     if tensor.device != like.device:
         raise NotFastError(f"weights on {tensor.device} and {like.device} in one encoder")
+    if lacks_memory(tensor):
+        raise RuntimeError(f"a weight of shape {tuple(tensor.shape)} whose storage was freed")

@@ -17,11 +17,14 @@ constexpr int kTasksPerThread = 4;
 constexpr int kSmallestChunk = 96;
 static_assert(kSmallestChunk % kRows == 0 && kQueryChunk % kSmallestChunk == 0);
 
-std::vector<AttentionTask> tasks_of(const AttentionArguments& args, int chunk) {
+using Bounds = std::vector<int32_t>;
+
+std::vector<AttentionTask> tasks_of(const AttentionArguments& args, const Bounds& bounds,
+                                    int chunk) {
     std::vector<AttentionTask> tasks;
     for (int b = 0; b < args.batch; ++b) {
-        const int64_t start = args.cu_seqlens[b];
-        const int length = static_cast<int>(args.cu_seqlens[b + 1] - start);
+        const int64_t start = bounds[b];
+        const int length = static_cast<int>(bounds[b + 1] - start);
         const int parts = (length + chunk - 1) / chunk;
         // In equal parts, but for kRows queries that go together, the same ones however it is cut.
         const int rows = parts == 0 ? 0 : (length + parts - 1) / parts;
@@ -35,19 +38,19 @@ std::vector<AttentionTask> tasks_of(const AttentionArguments& args, int chunk) {
     return tasks;
 }
 
-bool fits(const AttentionArguments& args) {
-    bool fits = args.cu_seqlens[0] == 0 && args.cu_seqlens[args.batch] <= args.total;
+bool fits(const AttentionArguments& args, const Bounds& bounds) {
+    bool fits = bounds.front() == 0 && bounds.back() <= args.total;
     for (int b = 0; b < args.batch; ++b) {
-        const int64_t length = int64_t{args.cu_seqlens[b + 1]} - args.cu_seqlens[b];
+        const int64_t length = int64_t{bounds[b + 1]} - bounds[b];
         fits = fits && length >= 0 && length <= args.max_seqlen;
     }
     return fits;
 }
 
-void clear_rows_behind(const AttentionArguments& args) {
+void clear_rows_behind(const AttentionArguments& args, int64_t used) {
+    if (used == args.total) return;
     const int64_t size = args.dtype == DType::kFloat32 ? 4 : 2;
     const int64_t row = int64_t{args.heads} * args.head_size * size;
-    const int64_t used = args.cu_seqlens[args.batch];
     std::memset(static_cast<char*>(args.out) + used * row, 0, (args.total - used) * row);
 }
 
@@ -61,13 +64,16 @@ int64_t attention_workspace(int head_size) {
 }
 
 bool attention(const AttentionArguments& args, int isa, int threads) {
-    if (!fits(args)) return false;
-    clear_rows_behind(args);
+    if (args.batch < 0) return false;
+    // Read once: another thread of Python's may write it meanwhile.
+    const Bounds bounds(args.cu_seqlens, args.cu_seqlens + args.batch + 1);
+    if (!fits(args, bounds)) return false;
+    clear_rows_behind(args, bounds.back());
     int chunk = kQueryChunk;
-    std::vector<AttentionTask> tasks = tasks_of(args, chunk);
+    std::vector<AttentionTask> tasks = tasks_of(args, bounds, chunk);
     while (chunk > kSmallestChunk && static_cast<int>(tasks.size()) < kTasksPerThread * threads) {
         chunk /= 2;
-        tasks = tasks_of(args, chunk);
+        tasks = tasks_of(args, bounds, chunk);
     }
     // The longest first: what comes last is short, and no thread waits long for another.
     std::stable_sort(tasks.begin(), tasks.end(), [](const auto& a, const auto& b) {

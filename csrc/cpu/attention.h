@@ -58,8 +58,8 @@ struct AttentionTask {
 // In floats, for one thread.
 int64_t attention_workspace(int head_size);
 
-// False, and nothing is written, if cu_seqlens does not begin with 0, falls, ends behind total or
-// has a sequence longer than max_seqlen.
+// False, and nothing is written, if cu_seqlens is empty, does not begin with 0, falls, ends behind
+// total or has a sequence longer than max_seqlen.
 bool attention(const AttentionArguments& arguments, int isa, int threads);
 
 }  // namespace encoder_fast::cpu

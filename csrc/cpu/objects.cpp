@@ -73,6 +73,8 @@ private:
 
 template <typename Sink, typename T>
 bool put(Sink& sink, const T* first, int64_t count = 1) {
+    // Sizes of a tensor without dimensions may be a null pointer.
+    if (count == 0) return true;
     return sink.put(first, count * sizeof(T));
 }
 

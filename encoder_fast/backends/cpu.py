@@ -27,6 +27,7 @@ from encoder_fast.backends.linears import (
     stack_linears,
 )
 from encoder_fast.backends.masks import place_tokens
+from encoder_fast.backends.memory import checked_bounds
 from encoder_fast.backends.onednn import has_onednn
 
 __all__ = [
@@ -230,7 +231,7 @@ def feed_forward_prepared(
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
-    bounds = cu_seqlens.tolist()
+    bounds = checked_bounds(cu_seqlens, x.shape[0])
     out = x.new_zeros(len(bounds) - 1, x.shape[1], dtype=torch.float32)
     for row, (start, stop) in enumerate(pairwise(bounds)):
         if start == stop:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoder_fast.backends import cpu_kernels
+from encoder_fast.backends.memory import checked_bounds
 from encoder_fast.backends.onednn import has_onednn
 
 # At these lengths one sequence goes through whole GEMMs, as many heads at a time as have their
@@ -58,8 +59,7 @@ def attention(
         )
     total, num_heads, head_size = q.shape
     out = q.new_empty(total, num_heads, head_size)
-    bounds = cu_seqlens.tolist()
-    cpu_kernels.check_bounds(bounds, total, max_seqlen)
+    bounds = checked_bounds(cu_seqlens, total, max_seqlen)
     lengths = [stop - start for start, stop in pairwise(bounds)]
     batch_size, longest = len(lengths), max(lengths, default=0)
     window = edges = by_distance = None

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from encoder_fast.backends.memory import checked_bounds
+
 # As many heads go at a time as have their products and scores within this many bytes. All 12 heads
 # of one sequence of 512 tokens in float32 have 63 MB, which is what any cache would lose.
 _CACHE_BYTES = 8 << 20
@@ -30,7 +32,7 @@ def disentangled_attention(
     softmax_scale: float,
 ) -> Tensor:
     out = q.new_empty(q.shape)
-    bounds = cu_seqlens.tolist()
+    bounds = checked_bounds(cu_seqlens, q.shape[0], max_seqlen)
     out[bounds[-1] :].zero_()
     longest = max((stop - start for start, stop in pairwise(bounds)), default=0)
     if longest == 0:

@@ -2,21 +2,23 @@
 with AVX2 or AVX-512, and the look at weights that each call begins with.
 
 It is built where there is a C++ compiler, and links no torch: it takes addresses and believes what
-it is told of them, so everything it relies on is checked here, but for what ``cu_seqlens`` holds.
-Where it is missing, or has nothing for an operand, the CPU backend goes by PyTorch alone, more
-slowly; :func:`why_not` says so.
+it is told of them. So everything it relies on is checked here, but for what ``cu_seqlens`` holds;
+and as the address 0 stands for what is left out, an operand whose storage was freed is refused.
+Where the extension is missing, or has nothing for an operand, the CPU backend goes by PyTorch
+alone, more slowly; :func:`why_not` says so.
 """
 
 from __future__ import annotations
 
 import importlib
-from itertools import pairwise
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
+
+from encoder_fast.backends.memory import checked_bounds
 
 # What the instruction sets are called, in the order of csrc/cpu/kernels.h.
 _NAMES = ("none", "AVX2", "AVX-512", "AVX-512 with bfloat16")
@@ -105,6 +107,19 @@ def _have_addresses(*tensors: Tensor | None) -> bool:
     )
 
 
+def _no_address(tensor: Tensor) -> int:
+    """The address of a tensor whose ``data_ptr()`` is 0: the same, if it has no element.
+
+    Raises:
+        ValueError: its storage was freed.
+    """
+    if tensor.numel():
+        raise ValueError(
+            f"an operand of shape {tuple(tensor.shape)} has no memory: its storage was freed"
+        )
+    return 0
+
+
 def attends(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, relative_bias: Tensor | None
 ) -> bool:
@@ -152,11 +167,11 @@ def attention(
     floats = threads * _extension.attention_workspace(head_size)
     workspace = torch.empty(floats, dtype=torch.float32, device=q.device)
     fits = _extension.attention(
-        *(q.data_ptr(), q.stride(0), q.stride(1)),
-        *(k.data_ptr(), k.stride(0), k.stride(1)),
-        *(v.data_ptr(), v.stride(0), v.stride(1)),
+        *(q.data_ptr() or _no_address(q), q.stride(0), q.stride(1)),
+        *(k.data_ptr() or _no_address(k), k.stride(0), k.stride(1)),
+        *(v.data_ptr() or _no_address(v), v.stride(0), v.stride(1)),
         out.data_ptr(),
-        cu_seqlens.data_ptr(),
+        cu_seqlens.data_ptr() or _no_address(cu_seqlens),
         total,
         cu_seqlens.numel() - 1,
         max_seqlen,
@@ -172,27 +187,9 @@ def attention(
         threads,
     )
     if not fits:
-        check_bounds(cu_seqlens.tolist(), total, max_seqlen)
+        checked_bounds(cu_seqlens, total, max_seqlen)
+        raise ValueError("cu_seqlens was written while it was read")
     return out
-
-
-def check_bounds(bounds: list[int], total: int, max_seqlen: int) -> None:
-    """Raise ``ValueError`` unless ``bounds`` are those of sequences of ``total`` tokens."""
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    if bounds[0] != 0 or bounds[-1] > total or min(lengths, default=0) < 0:
-        raise ValueError(
-            f"cu_seqlens must begin with 0, never fall and end with {total} tokens at most, "
-            f"got {_abridged(bounds)}"
-        )
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(
-            f"max_seqlen must be the longest sequence or more, got {max_seqlen} for one of "
-            f"{max(lengths)} tokens"
-        )
-
-
-def _abridged(values: list[int], most: int = 20) -> str:
-    return f"[{', '.join(map(str, values[:most]))}{', …' if len(values) > most else ''}]"
 
 
 def by_distance(relative_bias: Tensor, longest: int) -> Tensor:
@@ -235,8 +232,11 @@ def add_layer_norm(
     rows, width = x.shape
     out = torch.empty_like(x)
     _extension.add_layer_norm(
-        x.data_ptr(),
-        *(0 if t is None else t.data_ptr() for t in (residual, x_bias, weight, bias)),
+        x.data_ptr() or _no_address(x),
+        *(
+            0 if t is None else t.data_ptr() or _no_address(t)
+            for t in (residual, x_bias, weight, bias)
+        ),
         out.data_ptr(),
         0 if total is None else total.data_ptr(),
         rows,

@@ -264,6 +264,10 @@ class CudaKernels:
 
     def _address(self, tensor: Tensor, written: bool = False) -> int:
         address = tensor.data_ptr()
+        if address == 0 and tensor.numel():
+            raise ValueError(
+                f"an operand of shape {tuple(tensor.shape)} has no memory: its storage was freed"
+            )
         if self._emulated and tensor.numel():
             self._extension.allow(address, *_extent(tensor), written)
         return address

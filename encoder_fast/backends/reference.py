@@ -20,6 +20,7 @@ from encoder_fast.backends.linears import (
     prepare_linear,
 )
 from encoder_fast.backends.masks import count_tokens, place_tokens
+from encoder_fast.backends.memory import checked_bounds
 
 __all__ = [
     "add_layer_norm",
@@ -58,8 +59,7 @@ def attention(
     relative_bias: Tensor | None = None,
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    bounds = cu_seqlens.tolist()
-    for start, stop in pairwise(bounds):
+    for start, stop in pairwise(checked_bounds(cu_seqlens, q.shape[0], max_seqlen)):
         scores = torch.einsum("qhd,khd->hqk", _wide(q[start:stop]), _wide(k[start:stop]))
         scores *= softmax_scale
         index = torch.arange(stop - start, device=q.device)
@@ -88,7 +88,7 @@ def disentangled_attention(
 ) -> Tensor:
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     reach = row_of_distance.shape[0] // 2
-    for start, stop in pairwise(cu_seqlens.tolist()):
+    for start, stop in pairwise(checked_bounds(cu_seqlens, q.shape[0], max_seqlen)):
         places = torch.arange(stop - start, device=q.device)
         distance = places[:, None] - places[None, :]
         rows = row_of_distance[distance.clamp(-reach, reach) + reach].long()
@@ -163,7 +163,7 @@ def embed_layer_norm(
 def pool(x: Tensor, cu_seqlens: Tensor, mode: str) -> Tensor:
     wide = _wide(x)
     out = wide.new_zeros(cu_seqlens.shape[0] - 1, x.shape[1])
-    for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+    for row, (start, stop) in enumerate(pairwise(checked_bounds(cu_seqlens, x.shape[0]))):
         tokens = wide[start:stop]
         if start == stop:
             continue

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encoder_fast.backends.memory import lacks_memory
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.ops.linear import Activation
 from encoder_fast.spec import EncoderSpec
@@ -212,6 +213,16 @@ def has_own_forward(module: nn.Module) -> bool:
             return True
         function = function.__wrapped__
     return False
+
+
+def check_buffers(model: nn.Module, stack: tuple[str, ...]) -> None:
+    """Raise where the storage of a buffer of the stack was freed: to read it would kill the
+    process."""
+    for name in stack:
+        child = model._modules.get(name)
+        for buffer_name, buffer in () if child is None else child.named_buffers():
+            if not buffer.is_meta and lacks_memory(buffer):
+                raise RuntimeError(f"the storage of the buffer {buffer_name} was freed")
 
 
 def expect_default_ids(embeddings: nn.Module) -> None:

@@ -6,6 +6,8 @@ encoders that normalise ahead of each step, the sum beside it.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,10 @@ def add_layer_norm(
         ``(M, N)``, contiguous, in x's dtype. Statistics are float32, the variance in a second pass.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices don't fit.
+        ValueError: shapes, strides, dtypes or devices don't fit, or an operand has no memory.
         BackendUnavailableError: the backend can't run there.
     """
-    name = _validated("add_layer_norm", x, residual, weight, bias, x_bias, backend)
+    name, _ = resolve(backend, x.device)
     return operator.dispatch(x, residual, weight, bias, eps, x_bias, name)
 
 
@@ -58,20 +60,20 @@ def add_layer_norm_sum(
     Arguments and errors are those of :func:`add_layer_norm`. The sum is rounded to x's dtype once;
     what is normalised is the sum before that.
     """
-    name = _validated("add_layer_norm_sum", x, residual, weight, bias, x_bias, backend)
+    name, _ = resolve(backend, x.device)
     return sum_operator.dispatch(x, residual, weight, bias, eps, x_bias, name)
 
 
-def _validated(
+def _check(
     op: str,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    eps: float,
     x_bias: Tensor | None,
     backend: str,
-) -> str:
-    """Check the operands; returns the name of the backend."""
+) -> None:
     if x.dim() != 2 or x.shape[1] == 0:
         raise ValueError(f"x must have shape (M, N) with N > 0, got {tuple(x.shape)}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -87,10 +89,8 @@ def _validated(
     if residual is not None and residual.device != x.device:
         raise ValueError(f"residual is on {residual.device}, x on {x.device}")
     forbid_grad(op, x, residual, weight, bias, x_bias)
-    name, _ = resolve(backend, x.device)
-    check_dtype(op, name, x.dtype)
-    check_width(name, x.shape[1])
-    return name
+    check_dtype(op, backend, x.dtype)
+    check_width(backend, x.shape[1])
 
 
 def check_vector(name: str, vector: Tensor | None, size: int, device: torch.device) -> None:
@@ -116,11 +116,13 @@ def check_width(backend: str, width: int) -> None:
 operator = Operator(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, "
     "Tensor? x_bias, str backend) -> Tensor",
+    partial(_check, "add_layer_norm"),
     fake=lambda x, *_: x.new_empty(x.shape),
 )
 
 sum_operator = Operator(
     "add_layer_norm_sum(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, "
     "Tensor? x_bias, str backend) -> (Tensor, Tensor)",
+    partial(_check, "add_layer_norm_sum"),
     fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from encoder_fast.backends import load, resolve
-from encoder_fast.ops._library import Operator, check_dtype, forbid_grad
+from encoder_fast.ops._library import Operator, check_cu_seqlens, check_dtype, forbid_grad
 
 
 def attention(
@@ -51,10 +51,31 @@ def attention(
         ``(total, H, D)``, contiguous, in q's dtype.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices don't fit; on ``cpu`` also what
-            ``cu_seqlens`` and ``max_seqlen`` hold.
+        ValueError: shapes, strides, dtypes or devices don't fit, or an operand has no memory; on
+            a CPU also what ``cu_seqlens`` and ``max_seqlen`` hold.
         BackendUnavailableError: the backend can't run there.
     """
+    scale = softmax_scale
+    if scale is None:
+        # Of other shapes the operator complains.
+        scale = q.shape[2] ** -0.5 if q.dim() == 3 and q.shape[2] else 1.0
+    name, _ = resolve(backend, q.device)
+    return operator.dispatch(
+        q, k, v, cu_seqlens, max_seqlen, scale, window_size, relative_bias, name
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    window_size: int | None,
+    relative_bias: Tensor | None,
+    backend: str,
+) -> None:
     if q.dim() != 3 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
             "q, k and v must have one shape (total, H, D), got "
@@ -67,19 +88,10 @@ def attention(
             raise ValueError(f"{name}'s last stride must be 1, got strides {x.stride()}")
         if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(
-            "cu_seqlens must be int32 of shape (B + 1,), got "
-            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, q on {q.device}")
-    if not cu_seqlens.is_contiguous():
-        raise ValueError(f"cu_seqlens must be contiguous, got stride {cu_seqlens.stride()}")
+    check_cu_seqlens(cu_seqlens, q.device)
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    if not scale > 0:
+    if not softmax_scale > 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     if window_size is not None and window_size < 0:
         raise ValueError(f"window_size must be None or at least 0, got {window_size}")
@@ -91,14 +103,10 @@ def attention(
                 "has both"
             )
     forbid_grad("attention", q, k, v, relative_bias)
-    name, _ = resolve(backend, q.device)
-    check_dtype("attention", name, q.dtype)
-    reason = why_no_head_size(name, q.shape[2])
+    check_dtype("attention", backend, q.dtype)
+    reason = why_no_head_size(backend, q.shape[2])
     if reason is not None:
         raise ValueError(reason)
-    return operator.dispatch(
-        q, k, v, cu_seqlens, max_seqlen, scale, window_size, relative_bias, name
-    )
 
 
 def _check_relative_bias(relative_bias: Tensor, q: Tensor) -> None:
@@ -132,5 +140,6 @@ def why_no_head_size(backend: str, head_size: int, op: str = "attention") -> str
 operator = Operator(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, "
     "float softmax_scale, SymInt? window_size, Tensor? relative_bias, str backend) -> Tensor",
+    _check,
     fake=lambda q, *_: q.new_empty(q.shape),
 )

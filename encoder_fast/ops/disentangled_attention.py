@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from encoder_fast.backends import resolve
-from encoder_fast.ops._library import Operator, check_dtype, forbid_grad
+from encoder_fast.ops._library import Operator, check_cu_seqlens, check_dtype, forbid_grad
 from encoder_fast.ops.attention import why_no_head_size
 
 
@@ -57,9 +57,33 @@ def disentangled_attention(
         ``(total, H, D)``, contiguous, in q's dtype.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices don't fit.
+        ValueError: shapes, strides, dtypes or devices don't fit, or an operand has no memory; on
+            a CPU also what ``cu_seqlens`` and ``max_seqlen`` hold.
         BackendUnavailableError: the backend can't run there.
     """
+    scale = softmax_scale
+    if scale is None:
+        terms = 1 + (pos_key is not None) + (pos_query is not None)
+        # Of other shapes the operator complains.
+        scale = (q.shape[2] * terms) ** -0.5 if q.dim() == 3 and q.shape[2] else 1.0
+    name, _ = resolve(backend, q.device, frozenset({"disentangled_attention"}))
+    return operator.dispatch(
+        q, k, v, pos_key, pos_query, row_of_distance, cu_seqlens, max_seqlen, scale, name
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_key: Tensor | None,
+    pos_query: Tensor | None,
+    row_of_distance: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+    backend: str,
+) -> None:
     if q.dim() != 3 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
             "q, k and v must have one shape (total, H, D), got "
@@ -78,35 +102,26 @@ def disentangled_attention(
             )
         if x.stride(2) != 1 and x.numel():
             raise ValueError(f"{name}'s last stride must be 1, got strides {x.stride()}")
-    for name, vector in (("cu_seqlens", cu_seqlens), ("row_of_distance", row_of_distance)):
-        if vector.dtype != torch.int32 or vector.dim() != 1 or vector.numel() == 0:
-            raise ValueError(
-                f"{name} must be int32 of one dimension and not empty, got "
-                f"{vector.dtype} of shape {tuple(vector.shape)}"
-            )
-        if vector.device != q.device:
-            raise ValueError(f"{name} is on {vector.device}, q on {q.device}")
-        if not vector.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got stride {vector.stride()}")
-    if row_of_distance.numel() % 2 == 0:
+    check_cu_seqlens(cu_seqlens, q.device)
+    rows = row_of_distance
+    if rows.dtype != torch.int32 or rows.dim() != 1 or rows.shape[0] % 2 == 0:
         raise ValueError(
-            f"row_of_distance must have 2R + 1 elements, got {row_of_distance.numel()}"
+            "row_of_distance must be int32 of shape (2R + 1,), got "
+            f"{rows.dtype} of shape {tuple(rows.shape)}"
         )
+    if rows.device != q.device:
+        raise ValueError(f"row_of_distance is on {rows.device}, q on {q.device}")
+    if not rows.is_contiguous():
+        raise ValueError(f"row_of_distance must be contiguous, got stride {rows.stride()}")
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen must not be negative, got {max_seqlen}")
-    terms = 1 + (pos_key is not None) + (pos_query is not None)
-    scale = (q.shape[2] * terms) ** -0.5 if softmax_scale is None else softmax_scale
-    if not scale > 0:
+    if not softmax_scale > 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     forbid_grad("disentangled_attention", q, k, v, pos_key, pos_query)
-    name, _ = resolve(backend, q.device, frozenset({"disentangled_attention"}))
-    check_dtype("disentangled_attention", name, q.dtype)
-    reason = why_no_head_size(name, q.shape[2], "disentangled_attention")
+    check_dtype("disentangled_attention", backend, q.dtype)
+    reason = why_no_head_size(backend, q.shape[2], "disentangled_attention")
     if reason is not None:
         raise ValueError(reason)
-    return operator.dispatch(
-        q, k, v, pos_key, pos_query, row_of_distance, cu_seqlens, max_seqlen, scale, name
-    )
 
 
 def make_row_of_distance(
@@ -158,5 +173,6 @@ operator = Operator(
     "disentangled_attention(Tensor q, Tensor k, Tensor v, Tensor? pos_key, Tensor? pos_query, "
     "Tensor row_of_distance, Tensor cu_seqlens, SymInt max_seqlen, float softmax_scale, "
     "str backend) -> Tensor",
+    _check,
     fake=lambda q, *_: q.new_empty(q.shape),
 )

@@ -40,11 +40,29 @@ def embed_layer_norm(
         ``(total, N)``, contiguous, in the tables' dtype.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices don't fit.
+        ValueError: shapes, strides, dtypes or devices don't fit, or an operand has no memory.
         IndexError: an id outside its table, on the CPU. On a GPU, where finding out would mean to
             wait for the device, that token's row comes back as NaN.
         BackendUnavailableError: the backend can't run there.
     """
+    name, _ = resolve(backend, word.device)
+    return operator.dispatch(
+        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, name
+    )
+
+
+def _check(
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor | None,
+    token_type: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    backend: str,
+) -> None:
     pairs = (
         ("input_ids", input_ids, "word", word),
         ("position_ids", position_ids, "position", position),
@@ -76,17 +94,14 @@ def embed_layer_norm(
     for name, vector in (("weight", weight), ("bias", bias)):
         check_vector(name, vector, word.shape[1], word.device)
     forbid_grad("embed_layer_norm", word, position, token_type, weight, bias)
-    name, _ = resolve(backend, word.device)
-    check_dtype("embed_layer_norm", name, word.dtype)
-    check_width(name, word.shape[1])
-    return operator.dispatch(
-        input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, name
-    )
+    check_dtype("embed_layer_norm", backend, word.dtype)
+    check_width(backend, word.shape[1])
 
 
 operator = Operator(
     "embed_layer_norm(Tensor input_ids, Tensor? position_ids, Tensor? token_type_ids, Tensor word, "
     "Tensor? position, Tensor? token_type, Tensor? weight, Tensor? bias, float eps, str backend) "
     "-> Tensor",
+    _check,
     fake=lambda ids, _positions, _types, word, *_: word.new_empty(ids.shape[0], word.shape[1]),
 )

@@ -52,9 +52,17 @@ def linear(
         ``(M, N)`` in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit, or the activation is unknown.
+        ValueError: shapes, dtypes or devices don't fit, an operand has no memory, or the activation
+            is unknown.
         BackendUnavailableError: the backend can't run there.
     """
+    name, _ = resolve(backend, x.device)
+    return operator.dispatch(x, weight, bias, activation, name)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str
+) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x (M, K) and weight (N, K) don't fit: {tuple(x.shape)}, {tuple(weight.shape)}"
@@ -68,9 +76,7 @@ def linear(
                 f"{name} is {term.dtype} on {term.device}, x is {x.dtype} on {x.device}"
             )
     forbid_grad("linear", x, weight, bias)
-    name, _ = resolve(backend, x.device)
-    check_dtype("linear", name, x.dtype)
-    return operator.dispatch(x, weight, bias, activation, name)
+    check_dtype("linear", backend, x.dtype)
 
 
 def prepare(weights: list[Tensor], biases: list[Tensor | None], backend: str) -> PreparedLinear:
@@ -115,5 +121,6 @@ def run_feed_forward(
 
 operator = Operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, str? activation, str backend) -> Tensor",
+    _check,
     fake=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
 )

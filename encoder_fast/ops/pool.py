@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from encoder_fast.backends import resolve
-from encoder_fast.ops._library import Operator, check_dtype, forbid_grad
+from encoder_fast.ops._library import Operator, check_cu_seqlens, check_dtype, forbid_grad
 
 MODES = ("cls", "mean", "max")
 
@@ -19,8 +19,8 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", *, backend: str = "a
 
     Args:
         x: ``(total, N)``, float16, bfloat16 or float32 (float64 too on ``reference``).
-        cu_seqlens: int32 ``(B + 1,)`` on the same device; sequence ``b`` is tokens
-            ``cu_seqlens[b]:cu_seqlens[b + 1]``.
+        cu_seqlens: int32 ``(B + 1,)``, contiguous, on the same device, from 0 on, not falling;
+            sequence ``b`` is tokens ``cu_seqlens[b]:cu_seqlens[b + 1]``.
         mode: ``"cls"`` (the first token), ``"mean"`` or ``"max"``.
         backend: ``auto``, or a backend by name, which runs or raises.
 
@@ -29,24 +29,22 @@ def pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", *, backend: str = "a
         without a token.
 
     Raises:
-        ValueError: shapes, dtypes or devices don't fit, or the mode is unknown.
+        ValueError: shapes, dtypes or devices don't fit, an operand has no memory, or the mode is
+            unknown; on a CPU also what ``cu_seqlens`` holds.
         BackendUnavailableError: the backend can't run there.
     """
+    name, _ = resolve(backend, x.device)
+    return operator.dispatch(x, cu_seqlens, mode, name)
+
+
+def _check(x: Tensor, cu_seqlens: Tensor, mode: str, backend: str) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must have shape (total, N), got {tuple(x.shape)}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(
-            "cu_seqlens must be int32 of shape (B + 1,), got "
-            f"{cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
-        )
-    if cu_seqlens.device != x.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, x on {x.device}")
+    check_cu_seqlens(cu_seqlens, x.device)
     forbid_grad("pool", x)
-    name, _ = resolve(backend, x.device)
-    check_dtype("pool", name, x.dtype)
-    return operator.dispatch(x, cu_seqlens, mode, name)
+    check_dtype("pool", backend, x.dtype)
 
 
 def _fake(x: Tensor, cu_seqlens: Tensor, *_: str) -> Tensor:
@@ -56,5 +54,6 @@ def _fake(x: Tensor, cu_seqlens: Tensor, *_: str) -> Tensor:
 
 operator = Operator(
     "pool(Tensor x, Tensor cu_seqlens, str mode, str backend) -> Tensor",
+    _check,
     fake=_fake,
 )

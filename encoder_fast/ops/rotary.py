@@ -29,9 +29,15 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> T
         ``qkv`` itself.
 
     Raises:
-        ValueError: shapes, strides, dtypes or devices don't fit.
+        ValueError: shapes, strides, dtypes or devices don't fit, or an operand has no memory.
         BackendUnavailableError: the backend can't run there.
     """
+    name, _ = resolve(backend, qkv.device)
+    operator.dispatch(qkv, cos, sin, name)
+    return qkv
+
+
+def _check(qkv: Tensor, cos: Tensor, sin: Tensor, backend: str) -> None:
     if qkv.dim() != 4 or qkv.shape[1] != 3 or qkv.shape[3] % 2 or not qkv.is_contiguous():
         raise ValueError(
             "qkv must be contiguous of shape (total, 3, H, D) with even D, got "
@@ -47,13 +53,10 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, backend: str = "auto") -> T
         if table.device != qkv.device:
             raise ValueError(f"{name} is on {table.device}, qkv on {qkv.device}")
     forbid_grad("rotary", qkv, cos, sin)
-    name, _ = resolve(backend, qkv.device)
-    check_dtype("rotary", name, qkv.dtype)
-    reason = why_no_head_size(name, qkv.shape[3])
+    check_dtype("rotary", backend, qkv.dtype)
+    reason = why_no_head_size(backend, qkv.shape[3])
     if reason is not None:
         raise ValueError(reason)
-    operator.dispatch(qkv, cos, sin, name)
-    return qkv
 
 
 def rotary_tables(position_ids: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,5 +73,6 @@ def rotary_tables(position_ids: Tensor, inverse_frequencies: Tensor) -> tuple[Te
 
 operator = Operator(
     "rotary(Tensor(a!) qkv, Tensor cos, Tensor sin, str backend) -> ()",
+    _check,
     fake=lambda *_: None,
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from encoder_fast.backends import load
+from encoder_fast.backends.memory import lacks_memory
 from encoder_fast.errors import NotFastError
 from encoder_fast.graphs import Inputs
 from encoder_fast.packing import PackedBatch, pack, pack_full, read_mask
@@ -47,6 +48,9 @@ def _check_tensors(call: Arguments, like: Tensor) -> tuple[int, int]:
         tensor = getattr(call, name)
         if tensor is not None and tensor.device != like.device:
             raise NotFastError(f"{name} on {tensor.device}, the model on {like.device}")
+        # PyTorch raises the same, or kills the process.
+        if tensor is not None and lacks_memory(tensor):
+            raise RuntimeError(f"the storage of {name} was freed")
     return batch_size, length
 
 
@@ -62,6 +66,7 @@ def pack_call(
     Raises:
         NotFastError: the fast path can't take them.
         ValueError, IndexError: a text is too long, or an id not in the vocabulary.
+        RuntimeError: the storage of an input was freed.
     """
     like = spec.embeddings.word.weight
     if like.dtype not in load(backend).DTYPES:

@@ -21,6 +21,7 @@ from encoder_fast.errors import (
     UnsupportedModelError,
 )
 from encoder_fast.families import Family
+from encoder_fast.families.family import check_buffers
 from encoder_fast.graphs import GraphCache, GraphCounts, Replayed, recorder_for
 from encoder_fast.ops.attention import why_no_head_size
 from encoder_fast.packing import PackedBatch
@@ -148,11 +149,13 @@ class EncoderState:
 
         Raises:
             UnsupportedModelError: it can't run fast in any call.
+            RuntimeError: the storage of a buffer was freed.
             BackendUnavailableError: the backend can't run where the model is, or there are no CUDA
                 graphs.
         """
         if not self.family.matches(self.original):
             raise UnsupportedModelError(f"the forward of {self.original.__name__} was replaced")
+        check_buffers(model, self.family.stack)
         spec = self.family.read(model)
         if not spec.layers:
             raise UnsupportedModelError("no layers, so nothing to run fast")
