@@ -109,7 +109,10 @@ class _Forward:
         """Cosines and sines of the tokens' rotations."""
         if spec not in self._angles:
             frequencies = getattr(spec.module, spec.buffer)
-            self._angles[spec] = rotary.rotary_tables(self.position_ids, frequencies)
+            cos, sin = rotary.rotary_tables(self.position_ids, frequencies)
+            if spec.scaling != 1:
+                cos, sin = cos * spec.scaling, sin * spec.scaling
+            self._angles[spec] = cos, sin
         return self._angles[spec]
 
     def bias(self, spec: RelativeBias | None) -> Tensor | None:

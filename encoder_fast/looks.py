@@ -54,13 +54,17 @@ class Watch:
     have changed in every call.
     """
 
-    def __init__(self, owner: nn.Module, objects: list[Any]) -> None:
+    def __init__(
+        self, owner: nn.Module, objects: list[Any], dictionaries: Sequence[dict] = ()
+    ) -> None:
         """
         Args:
             owner: the model. It is not kept alive.
             objects: its modules and whatever else with a dictionary belongs to it.
+            dictionaries: more of them, that are watched for what is written there.
         """
         self._objects = objects
+        self._beside = dictionaries
         # Replaced as a whole, since threads look at the same time.
         self._seen = self._read(owner)
 
@@ -94,6 +98,7 @@ class Watch:
         yield torch_module._global_forward_hooks
         yield torch_module._global_forward_pre_hooks
         yield owner._modules
+        yield from self._beside
         for one in self._objects:
             state = one.__dict__
             yield from (state[name] for name in _KEPT if isinstance(state.get(name), dict))

@@ -52,10 +52,12 @@ class RotarySpec:
 
     Attributes:
         module, buffer: the buffer of this module holds the inverse frequencies, ``(D / 2,)``.
+        scaling: cosines and sines are multiplied by it.
     """
 
     module: nn.Module
     buffer: str
+    scaling: float = 1.0
 
 
 # Compared by identity: layers that share one share its values.

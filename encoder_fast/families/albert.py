@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from encoder_fast.errors import UnsupportedModelError
+from encoder_fast.families import family
 from encoder_fast.families.bert_layout import (
     check_absolute_positions,
     check_pooler,
@@ -15,6 +16,7 @@ from encoder_fast.families.bert_layout import (
 )
 from encoder_fast.families.family import (
     Family,
+    check_heads,
     expect,
     expect_layer_norm,
     expect_linear,
@@ -26,17 +28,29 @@ from encoder_fast.spec import EncoderSpec, LayerSpec, SoftmaxAttention
 def read(model: Any) -> EncoderSpec:
     """Read an ``AlbertModel``."""
     config = model.config
-    check_absolute_positions(config)
+    check_absolute_positions(config, model)
     check_pooler(model, "Linear")
-    encoder = expect(model.encoder, "AlbertTransformer")
+    encoder: Any = expect(model.encoder, "AlbertTransformer")
     layers = [_read_group(group) for group in encoder.albert_layer_groups]
-    passes = config.num_hidden_layers
+    passes, groups = _passes(encoder.config)
+    if not 0 < groups <= len(layers):
+        raise UnsupportedModelError(f"num_hidden_groups={groups} of {len(layers)} groups")
     return EncoderSpec(
         embeddings=read_embeddings(
             model.embeddings, "AlbertEmbeddings", projection=encoder.embedding_hidden_mapping_in
         ),
-        layers=tuple(layers[int(i / (passes / len(layers)))] for i in range(passes)),
+        layers=tuple(layers[int(i / (passes / groups))] for i in range(passes)),
     )
+
+
+def facts(model: Any) -> tuple:
+    """Beside those of all families, what the encoder's own config says."""
+    return (*family.facts(model), *_passes(model.encoder.config))
+
+
+def _passes(config: Any) -> tuple[int, int]:
+    """How often layers run, and how many groups of them there are."""
+    return config.num_hidden_layers, config.num_hidden_groups
 
 
 def pool(model: Any, hidden: Tensor) -> Tensor:
@@ -50,6 +64,8 @@ def _read_group(group: Any) -> LayerSpec:
         raise UnsupportedModelError(f"inner_group_num={len(group.albert_layers)} has no fast path")
     layer = expect(group.albert_layers[0], "AlbertLayer")
     attention = expect(layer.attention, "AlbertAttention", "AlbertSdpaAttention")
+    check_absolute_positions(attention)
+    check_heads(attention, attention.attention_head_size, expect_linear(attention.query))
     return LayerSpec(
         projections=(
             expect_linear(attention.query),
@@ -73,6 +89,7 @@ FAMILY = Family(
     output_class="BaseModelOutputWithPooling",
     stack=("embeddings", "encoder"),
     read=read,
+    facts=facts,
     pool=pool,
     first_token_heads={"AlbertForSequenceClassification": None, "AlbertForMultipleChoice": None},
 )

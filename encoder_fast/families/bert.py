@@ -19,7 +19,7 @@ from encoder_fast.spec import EncoderSpec
 
 def read(model: Any) -> EncoderSpec:
     """Read a ``BertModel``."""
-    check_absolute_positions(model.config)
+    check_absolute_positions(model.config, model)
     check_pooler(model, "BertPooler")
     return EncoderSpec(
         embeddings=read_embeddings(model.embeddings, "BertEmbeddings"),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families.family import (
+    check_heads,
     expect,
     expect_default_ids,
     expect_embedding,
@@ -20,11 +21,15 @@ from encoder_fast.families.family import (
 from encoder_fast.spec import EmbeddingSpec, LayerSpec, SoftmaxAttention
 
 
-def check_absolute_positions(config: Any) -> None:
-    """Refuse the relative position embeddings that transformers 4 could add to attention."""
-    kind = getattr(config, "position_embedding_type", None) or "absolute"
-    if kind != "absolute":
-        raise UnsupportedModelError(f"position_embedding_type={kind!r} has no fast path")
+def check_absolute_positions(*objects: Any) -> None:
+    """Refuse the relative position embeddings that transformers 4 could add to attention.
+
+    The config says so, and then each module for itself.
+    """
+    for one in objects:
+        kind = getattr(one, "position_embedding_type", None) or "absolute"
+        if kind != "absolute":
+            raise UnsupportedModelError(f"position_embedding_type={kind!r} has no fast path")
 
 
 def read_embeddings(
@@ -37,6 +42,7 @@ def read_embeddings(
 ) -> EmbeddingSpec:
     """Embeddings of class ``name``: word, position and token type, then LayerNorm if ``normed``."""
     expect(embeddings, name)
+    check_absolute_positions(embeddings)
     if position_padding_idx is None:
         expect_default_ids(embeddings)
     return EmbeddingSpec(
@@ -67,6 +73,10 @@ def _read_layer(layer: Any, prefix: str, norm_order: Literal["post", "pre"]) -> 
     expect(layer, f"{prefix}Layer")
     expect(layer.attention, f"{prefix}Attention")
     attention = expect(layer.attention.self, f"{prefix}SelfAttention", f"{prefix}SdpaSelfAttention")
+    check_absolute_positions(attention)
+    check_heads(attention, attention.attention_head_size, expect_linear(attention.query))
+    if getattr(layer.attention, "is_cross_attention", False):
+        raise UnsupportedModelError("cross-attention has no fast path")
     attention_out = expect(layer.attention.output, f"{prefix}SelfOutput")
     ffn_in = expect(layer.intermediate, f"{prefix}Intermediate")
     ffn_out = expect(layer.output, f"{prefix}Output")

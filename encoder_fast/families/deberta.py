@@ -15,7 +15,7 @@ from encoder_fast.families.deberta_layout import (
     read_layer,
     read_positions,
 )
-from encoder_fast.families.family import Family, expect, expect_linear
+from encoder_fast.families.family import Family, check_heads, expect, expect_linear
 from encoder_fast.spec import DisentangledAttention, EncoderSpec, LayerSpec, RelativePositions
 
 
@@ -41,6 +41,10 @@ def _read_layer(layer: Any, positions: RelativePositions | None) -> LayerSpec:
     in_proj: Any = expect_linear(attention.in_proj)
     if in_proj.bias is not None:
         raise UnsupportedModelError("an in_proj with a bias beside q_bias and v_bias")
+    head_size = attention.attention_head_size
+    check_heads(attention, head_size, in_proj, projections=3)
+    if attention.relative_attention != (positions is not None):
+        raise UnsupportedModelError("layers that differ in relative_attention")
     kinds = attention.pos_att_type
     pos_key: nn.Linear | None = None
     pos_query: nn.Linear | None = None
@@ -49,7 +53,6 @@ def _read_layer(layer: Any, positions: RelativePositions | None) -> LayerSpec:
             raise UnsupportedModelError("layers that differ in max_relative_positions")
         pos_key = expect_linear(attention.pos_proj) if "c2p" in kinds else None
         pos_query = expect_linear(attention.pos_q_proj) if "p2c" in kinds else None
-    head_size = attention.attention_head_size
     spec = DisentangledAttention(
         module=attention,
         head_size=head_size,

@@ -11,6 +11,7 @@ from encoder_fast.families.family import (
     expect,
     expect_default_ids,
     expect_embedding,
+    expect_layer_norm,
     expect_linear,
     is_library_code,
     read_activation,
@@ -78,6 +79,8 @@ def expect_norm(module: Any) -> nn.LayerNorm:
     expect(module, "LayerNorm", "DebertaLayerNorm")
     if module.weight.dim() != 1:
         raise UnsupportedModelError(f"a LayerNorm over {tuple(module.weight.shape)}")
+    if isinstance(module, nn.LayerNorm):
+        expect_layer_norm(module)
     return module
 
 

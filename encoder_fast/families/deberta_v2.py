@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from encoder_fast.errors import UnsupportedModelError
+from encoder_fast.families import family
 from encoder_fast.families.deberta_layout import (
     check_model,
     expect_library_methods,
@@ -17,7 +18,13 @@ from encoder_fast.families.deberta_layout import (
     read_layer,
     read_positions,
 )
-from encoder_fast.families.family import Family, expect, expect_linear, read_activation
+from encoder_fast.families.family import (
+    Family,
+    check_heads,
+    expect,
+    expect_linear,
+    read_activation,
+)
 from encoder_fast.spec import (
     ConvolutionSpec,
     DisentangledAttention,
@@ -40,6 +47,14 @@ def read(model: Any) -> EncoderSpec:
     )
 
 
+def facts(model: Any) -> tuple:
+    """Beside those of all families, the activation that a convolution finds by name."""
+    from transformers.activations import ACT2FN
+
+    conv = getattr(model.encoder, "conv", None)
+    return (*family.facts(model), None if conv is None else dict.get(ACT2FN, conv.conv_act))
+
+
 def _read_positions(encoder: Any) -> RelativePositions:
     limit, buckets = encoder.max_relative_positions, max(encoder.position_buckets, 0)
     if buckets and not 1 <= buckets // 2 < limit - 1:
@@ -58,19 +73,23 @@ def _read_layer(layer: Any, positions: RelativePositions | None) -> LayerSpec:
         expect_linear(module)
         for module in (attention.query_proj, attention.key_proj, attention.value_proj)
     )
+    head_size = attention.attention_head_size
+    check_heads(attention, head_size, query)
+    if attention.relative_attention != (positions is not None):
+        raise UnsupportedModelError("layers that differ in relative_attention")
     has_key, has_query = ("c2p" in attention.pos_att_type, "p2c" in attention.pos_att_type)
     pos_key: nn.Linear | None = None
     pos_query: nn.Linear | None = None
     if positions is not None:
         own = (attention.pos_ebd_size, attention.max_relative_positions)
-        if own != (positions.span, positions.max_distance):
+        buckets = max(attention.position_buckets, 0)
+        if (*own, buckets) != (positions.span, positions.max_distance, positions.buckets):
             raise UnsupportedModelError("layers that differ in their relative positions")
         shares = attention.share_att_key
         if has_key:
             pos_key = key if shares else expect_linear(attention.pos_key_proj)
         if has_query:
             pos_query = query if shares else expect_linear(attention.pos_query_proj)
-    head_size = attention.attention_head_size
     spec = DisentangledAttention(
         module=attention,
         head_size=head_size,
@@ -105,6 +124,7 @@ FAMILY = Family(
     output_class="BaseModelOutput",
     stack=("embeddings", "encoder"),
     read=read,
+    facts=facts,
     first_token_heads={
         "DebertaV2ForSequenceClassification": "ContextPooler",
         "DebertaV2ForMultipleChoice": "ContextPooler",

@@ -7,6 +7,7 @@ from typing import Any
 
 from encoder_fast.families.family import (
     Family,
+    check_heads,
     expect,
     expect_default_ids,
     expect_embedding,
@@ -41,6 +42,7 @@ def _read_layer(layer: Any) -> LayerSpec:
         "MultiHeadSelfAttention",
         "DistilBertSdpaAttention",
     )
+    check_heads(attention, attention.attention_head_size, expect_linear(attention.q_lin))
     ffn = expect(layer.ffn, "FFN")
     return LayerSpec(
         projections=(

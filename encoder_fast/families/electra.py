@@ -16,7 +16,7 @@ from encoder_fast.spec import EncoderSpec
 
 def read(model: Any) -> EncoderSpec:
     """Read an ``ElectraModel``, generator or discriminator."""
-    check_absolute_positions(model.config)
+    check_absolute_positions(model.config, model)
     return EncoderSpec(
         embeddings=read_embeddings(
             model.embeddings,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder_fast.backends.memory import lacks_memory
@@ -248,6 +249,8 @@ def expect_layer_norm(module: nn.Module) -> nn.LayerNorm:
     assert isinstance(module, nn.LayerNorm)
     if len(module.normalized_shape) != 1:
         raise UnsupportedModelError(f"a LayerNorm over {tuple(module.normalized_shape)}")
+    if module.weight is not None and module.weight.shape != module.normalized_shape:
+        raise UnsupportedModelError("a LayerNorm whose normalized_shape is not its weight's")
     return module
 
 
@@ -259,6 +262,27 @@ def expect_embedding(module: nn.Module) -> nn.Embedding:
     return module
 
 
+def check_heads(attention: Any, head_size: int, linear: nn.Linear, projections: int = 1) -> None:
+    """Refuse attention that cuts what ``linear`` gives, so many projections, into other heads than
+    those of ``head_size``."""
+    own, width = attention.__dict__, linear.weight.shape[0] // projections
+    heads = {own[name] for name in ("num_attention_heads", "n_heads", "num_heads") if name in own}
+    widths = {own[name] for name in ("all_head_size", "dim") if name in own}
+    if any(count * head_size != width for count in heads) or widths - {width}:
+        raise UnsupportedModelError("attention whose heads don't add up to its projections")
+
+
+def _is_gelu(act: Any) -> bool:
+    """Whether what a GELU of transformers calls is the function that it was built with."""
+    call = act.act
+    if isinstance(call, functools.partial):
+        is_tanh = type(act).__name__ != "GELUActivation"
+        return is_tanh and call.func is F.gelu and call.keywords == {"approximate": "tanh"}
+    if getattr(call, "__self__", None) is act:
+        return is_library_code(call.__func__)
+    return type(act).__name__ == "GELUActivation" and call is F.gelu
+
+
 def read_activation(act: Any) -> Activation:
     """The name of an activation that can be fused, or the model's own callable."""
     cls = type(act)
@@ -268,6 +292,8 @@ def read_activation(act: Any) -> Activation:
         return "relu"
     # By class and home: a user's class of the same name is another function.
     if cls.__module__ != "transformers.activations" or not is_library_code(cls.forward):
+        return act
+    if "act" in act.__dict__ and not _is_gelu(act):
         return act
     fused = {
         "GELUActivation": "gelu",

@@ -14,6 +14,7 @@ from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families import family
 from encoder_fast.families.family import (
     Family,
+    check_heads,
     expect,
     expect_embedding,
     expect_layer_norm,
@@ -60,6 +61,7 @@ def _has_shared_rotary(model: Any) -> bool:
 def _read_layer(layer: Any, model: Any, rotaries: list[RotarySpec]) -> LayerSpec:
     expect(layer, "ModernBertEncoderLayer")
     attention = expect(layer.attn, "ModernBertAttention")
+    check_heads(attention, attention.head_dim, expect_linear(attention.Wqkv), projections=3)
     mlp = expect(layer.mlp, "ModernBertMLP")
     # The first layer has none: its input has just been normalised.
     attention_norm = expect(layer.attn_norm, "LayerNorm", "Identity")
@@ -94,7 +96,8 @@ def _read_layer(layer: Any, model: Any, rotaries: list[RotarySpec]) -> LayerSpec
 def _shared_rotary(rotary: Any, layer_type: str) -> RotarySpec:
     expect(rotary, "ModernBertRotaryEmbedding")
     _check_rope(rotary.rope_type[layer_type])
-    return RotarySpec(rotary, f"{layer_type}_inv_freq")
+    scaling = getattr(rotary, f"{layer_type}_attention_scaling")
+    return RotarySpec(rotary, f"{layer_type}_inv_freq", scaling)
 
 
 def _own_rotary(rotary: Any, known: list[RotarySpec]) -> RotarySpec:
@@ -106,10 +109,11 @@ def _own_rotary(rotary: Any, known: list[RotarySpec]) -> RotarySpec:
         )
     expect(rotary, "ModernBertRotaryEmbedding")
     _check_rope(rotary.rope_type)
+    scaling = rotary.attention_scaling
     for spec in known:
-        if torch.equal(spec.module.inv_freq, rotary.inv_freq):
+        if spec.scaling == scaling and torch.equal(spec.module.inv_freq, rotary.inv_freq):
             return spec
-    known.append(RotarySpec(rotary, "inv_freq"))
+    known.append(RotarySpec(rotary, "inv_freq", scaling))
     return known[-1]
 
 

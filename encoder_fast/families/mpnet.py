@@ -13,6 +13,7 @@ from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families.bert_layout import check_pooler
 from encoder_fast.families.family import (
     Family,
+    check_heads,
     expect,
     expect_embedding,
     expect_layer_norm,
@@ -71,6 +72,7 @@ def _read_layer(layer: Any, bias: RelativeBias) -> LayerSpec:
     expect(layer, "MPNetLayer")
     outer = expect(layer.attention, "MPNetAttention")
     attention = expect(outer.attn, "MPNetSelfAttention")
+    check_heads(attention, attention.attention_head_size, expect_linear(attention.q))
     ffn_in = expect(layer.intermediate, "MPNetIntermediate")
     ffn_out = expect(layer.output, "MPNetOutput")
     if attention.num_attention_heads != bias.table.weight.shape[1]:

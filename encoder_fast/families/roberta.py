@@ -21,7 +21,7 @@ from encoder_fast.spec import EncoderSpec
 
 def read(model: Any, prefix: str) -> EncoderSpec:
     """Read a ``<prefix>Model``."""
-    check_absolute_positions(model.config)
+    check_absolute_positions(model.config, model)
     check_pooler(model, f"{prefix}Pooler")
     embeddings = model.embeddings
     return EncoderSpec(

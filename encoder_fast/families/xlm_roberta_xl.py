@@ -18,7 +18,7 @@ from encoder_fast.spec import EncoderSpec
 
 def read(model: Any) -> EncoderSpec:
     """Read an ``XLMRobertaXLModel``."""
-    check_absolute_positions(model.config)
+    check_absolute_positions(model.config, model)
     check_pooler(model, "XLMRobertaXLPooler")
     embeddings = model.embeddings
     return EncoderSpec(

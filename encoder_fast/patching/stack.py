@@ -2,11 +2,13 @@
 
 The engine reads weights and calls none of these modules. So a hook, an adapter, a replaced layer,
 a replaced forward or training mode on one of them must be seen before each call. What a module
-keeps in plain attributes, its family knows.
+keeps in plain attributes may decide what it computes: when one of those changes, the family reads
+the model anew.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn.modules import module as torch_module
 
 from encoder_fast.errors import NotFastError
 from encoder_fast.families import Family
+from encoder_fast.families.code import Code
 from encoder_fast.families.family import has_own_forward, is_library_code
 from encoder_fast.looks import (
     Edge,
@@ -44,6 +47,8 @@ class Stack:
 
     Attributes:
         watch: tells when something about them may have changed.
+        code: what their forwards call by name.
+        configs: those that modules have of their own.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
@@ -55,7 +60,17 @@ class Stack:
         self._beside = _beside(model)
         beside = [one for one in self._beside if one is not None]
         modules = [child for _, _, child, *_ in self._edges]
-        self.watch = Watch(model, modules + beside)
+        # A layer's own config is the model's, unless somebody gave either another one.
+        configs = {id(c): c for m in modules if (c := m.__dict__.get("config")) is not None}
+        configs.pop(id(model.config), None)
+        self.configs = list(configs.values())
+        self.code = Code(model, modules)
+        self.watch = Watch(model, [*modules, *beside, *self.configs], self.code.dictionaries)
+        self._modules = modules
+        self._attributes = [_attributes_of(module) for module in modules]
+        # What is written into one of these shows in no attribute.
+        held = {id(v): v for own in self._attributes for v in own.values()}
+        self._held = [(v, copy(v)) for v in held.values() if type(v) in (list, dict, set)]
         self._facts = family.facts(model)
         # A buffer that a module gets later is none that was read.
         self._with_buffers = [module for module in modules if module._buffers]
@@ -90,6 +105,7 @@ class Stack:
                 self._holds_same_modules()
                 and are_same(self._beside, _beside(model))
                 and self._facts == self._family.facts(model)
+                and all(map(_has_attributes, self._modules, self._attributes))
                 and are_same(self._its_buffers(), self._buffers)
             ):
                 return False
@@ -99,8 +115,10 @@ class Stack:
                 "gradients are enabled, and a hook makes the embeddings require them (use "
                 "torch.inference_mode() or torch.no_grad())"
             )
-        return have_places(self._buffers, self._places) and have_versions(
-            self._buffers, self._versions
+        return (
+            all(value == known for value, known in self._held)
+            and have_places(self._buffers, self._places)
+            and have_versions(self._buffers, self._versions)
         )
 
     def _holds_same_modules(self) -> bool:
@@ -129,6 +147,32 @@ class Stack:
         # Set at the end, for threads that look meanwhile.
         self._has_gradient_hook = has_gradient_hook
         return True
+
+
+# What every module has, looked at in other ways.
+_COMMON = frozenset(nn.Module().__dict__) | {"forward"}
+
+
+def _attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The plain attributes that a module was built with: any of them may decide what its forward
+    computes."""
+    return {name: value for name, value in module.__dict__.items() if name not in _COMMON}
+
+
+def _has_attributes(module: nn.Module, known: dict[str, Any]) -> bool:
+    """Whether attributes are still the ``known`` ones. Further ones are nobody's."""
+    state = module.__dict__
+    return all(
+        name in state and (state[name] is value or _are_equal(state[name], value))
+        for name, value in known.items()
+    )
+
+
+def _are_equal(value: Any, known: Any) -> bool:
+    return type(value) is type(known) and type(value) in _PLAIN and value == known
+
+
+_PLAIN = (bool, int, float, str, tuple, list, dict, set)
 
 
 def _beside(model: Any) -> list[Any]:

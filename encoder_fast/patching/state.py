@@ -76,11 +76,14 @@ class _Reading:
     def check_attention(self, config: Any) -> None:
         """
         Raises:
-            NotFastError: the model was told to attend in another way.
+            NotFastError: the model was told to attend in another way, or what it would call was
+                replaced.
         """
         mark = self.stack.watch.mark
         if mark is not self.mark_of_attention:
-            _check_attention(config, self.spec)
+            for own in (config, *self.stack.configs):
+                _check_attention(own, self.spec)
+                self.stack.code.check(getattr(own, "_attn_implementation", None))
             self.mark_of_attention = mark
 
 
