@@ -6,11 +6,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+import zoo
 from berts import DEVICE, inputs, tiny
 from torch import nn
 from torch.nn.utils import parametrize
 
 import encoder_fast
+from encoder_fast.errors import NotFastError
+from encoder_fast.patching.arguments import read_arguments
 
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
@@ -438,6 +441,39 @@ def test_invalid_calls_raise_the_models_own_error() -> None:
     model = encoder_fast.patch(tiny())
     with torch.inference_mode(), pytest.raises(ValueError, match="input_ids"):
         model()
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+@pytest.mark.parametrize("name", ["token_type_ids", "position_ids", "use_cache", "return_dict"])
+def test_an_argument_counts_as_the_original_takes_it(family: str, name: str) -> None:
+    ids = torch.arange(5, 14, device=DEVICE)[None]
+    value = {"token_type_ids": torch.zeros_like(ids), "position_ids": ids - 3}.get(name, False)
+
+    def outcome(model: nn.Module) -> str:
+        with torch.inference_mode():
+            try:
+                model(input_ids=ids, **{name: value})
+            except TypeError as error:
+                return str(error)
+        return "taken"
+
+    changes = {} if "deberta" not in family else {"type_vocab_size": 2}
+    model = zoo.build(family, **changes)
+    expected = outcome(model)
+    assert outcome(encoder_fast.patch(model)) == expected
+    assert ("does not take" in str(encoder_fast.report(model))) == (expected != "taken")
+
+
+def test_a_forward_that_names_its_arguments() -> None:
+    class Few:
+        def forward(self, input_ids=None, attention_mask=None, *, return_dict=None):
+            pass
+
+    ids = torch.ones(1, 3, dtype=torch.long)
+    read_arguments(Few, transformers.BertConfig(), (ids,), {"return_dict": True})
+    for name in ("token_type_ids", "use_cache", "output_hidden_states"):
+        with pytest.raises(NotFastError, match=f"does not take, {name}"):
+            read_arguments(Few, transformers.BertConfig(), (ids,), {name: None})
 
 
 def test_too_long_names_the_limit() -> None:

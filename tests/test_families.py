@@ -228,6 +228,32 @@ def test_roberta_positions_skip_padding_of_any_length() -> None:
     assert report.ok, str(report)
 
 
+@pytest.mark.parametrize("masked", ["no mask", "all", "less than the ids"])
+@pytest.mark.parametrize("family", zoo.ROBERTAS)
+def test_positions_count_the_ids(family: str, masked: str) -> None:
+    """Padding ids don't count, whatever a mask says; all others do."""
+    model = zoo.build(family, max_position_embeddings=12)  # 10 positions
+    ids = torch.randint(3, zoo.VOCAB, (2, 12), device=DEVICE)
+    ids[0, 10:], ids[1, :3] = zoo.PAD, zoo.PAD
+    call = {"input_ids": ids}
+    if masked != "no mask":
+        call["attention_mask"] = torch.ones_like(ids)
+    if masked == "less than the ids":
+        call["attention_mask"][0, 9:] = 0
+    report = encoder_fast.check_parity(model, call)
+    assert report.ok, str(report)
+    patched = encoder_fast.patch(model, strict=True)
+    ids[0, 10] = 5
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"length 11 .* 10 positions"):
+        patched(**call)
+    encoder_fast.unpatch(model)
+    with torch.inference_mode(), pytest.raises((IndexError, RuntimeError)):
+        model(**call)
+    encoder_fast.patch(model, strict=True)
+    with torch.inference_mode():
+        assert model(input_ids=ids[:0]).last_hidden_state.shape == (0, 12, 48)
+
+
 def test_mpnet_beyond_its_buckets() -> None:
     """From a distance of 128 on all is one bucket; and the table is read anew in every call."""
     model = zoo.build("mpnet", max_position_embeddings=330)

@@ -50,9 +50,15 @@ def parameter_names(cls: Any) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=256)
-def _takes_any(cls: Any) -> bool:
-    """Whether the forward has ``**kwargs``; else it raises a TypeError for names of others."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls.forward).parameters.values())
+def _takes(cls: Any, name: str) -> bool:
+    """Whether the forward takes an argument that is not among :func:`parameter_names`."""
+    parameters = inspect.signature(cls.forward).parameters.values()
+    if any(
+        p.kind is p.VAR_KEYWORD or (p.kind is p.KEYWORD_ONLY and p.name == name) for p in parameters
+    ):
+        return True
+    # The library's decorators take these out of the call.
+    return name in _FLAGS[:3] and hasattr(cls.forward, "__wrapped__")
 
 
 _TENSORS = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
@@ -106,9 +112,11 @@ def read_arguments(cls: Any, config: Any, args: tuple, kwargs: dict[str, Any]) -
         raise NotFastError("an argument given twice")
     given.update(kwargs)
     for name, value in given.items():
+        if name not in names and not _takes(cls, name):
+            raise NotFastError(f"an argument that the model does not take, {name}")
         if value is None or name in _KNOWN:
             continue
-        if name not in _UNREAD or not _takes_any(cls):
+        if name not in _UNREAD or name in names:
             raise NotFastError(f"argument {name}")
     for name in _TENSORS:
         value = given.get(name)

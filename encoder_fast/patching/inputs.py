@@ -72,12 +72,9 @@ def pack_call(
     if like.dtype not in load(backend).DTYPES:
         raise NotFastError(f"dtype {like.dtype} on backend {backend}")
     shape = _check_tensors(call, like)
-    # Of embeddings there is none to skip: their positions count all columns.
-    skips_padding = spec.embeddings.position_padding_idx is not None and call.input_ids is not None
+    _check_length(call, shape, spec)
     mask = call.attention_mask
     known = batch_known_for(shape)
-    if mask is None or known is not None or not skips_padding:
-        _check_length(call, shape[1], spec)
     if known is not None:
         if known.indices is not None:
             _check_padding(readers, mask)
@@ -105,8 +102,6 @@ def pack_call(
             "a pooler or head over a padded first column (left padding), and attention that is not "
             "plain softmax"
         )
-    if skips_padding:
-        _check_length(call, facts.max_seqlen, spec)
     # Where column 0 is padding, the original pools what a padding token there sees of the text.
     return pack(mask, facts, onlookers=reads_first, backend=backend)
 
@@ -123,9 +118,21 @@ def _check_padding(readers: Readers, mask: Tensor | None) -> None:
         raise NotFastError(f"padding under the loss of {name}, with labels other than -100 there")
 
 
-def _check_length(call: Arguments, length: int, spec: EncoderSpec) -> None:
-    limit = spec.embeddings.max_positions
-    if limit is not None and call.position_ids is None and length > limit:
+def _check_length(call: Arguments, shape: tuple[int, int], spec: EncoderSpec) -> None:
+    """Raise ``ValueError`` where a row has more positions than the model."""
+    limit, length = spec.embeddings.max_positions, shape[1]
+    if limit is None or call.position_ids is not None or length <= limit:
+        return
+    padding_idx = spec.embeddings.position_padding_idx
+    # Embeddings have no id to skip: their positions count all columns.
+    if padding_idx is not None and call.input_ids is not None:
+        if is_captured(call.input_ids.device):
+            raise NotFastError(
+                "more columns than positions, which nobody can count in a CUDA graph"
+            )
+        # Whatever the mask says. So wide a batch is rare, and worth the wait on a GPU.
+        length = int((call.input_ids != padding_idx).sum(dim=1).max()) if shape[0] else 0
+    if length > limit:
         raise ValueError(f"input of length {length} exceeds the model's limit of {limit} positions")
 
 
