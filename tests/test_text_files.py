@@ -6,6 +6,7 @@ What a file may not say is refused with the file's name and the key's.
 import builtins
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from model_folders import HOME, VOCABULARY, Files, cross_model, modules, put, sa
 from encoder_fast import ModelFilesError, TextEncoder
 from encoder_fast.cli.checkpoint import Checkpoint
 from encoder_fast.cli.errors import UserError
+from encoder_fast.text.files import check_tokenizer_files
 from encoder_fast.text.rerank import activate
 
 
@@ -57,25 +59,87 @@ def test_a_pickle_in_the_folder_does_not_run(tmp_path: Path, options: Files) -> 
     assert not mark.exists()
 
 
-def test_nobody_is_asked_whether_code_may_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asked on the terminal"))
+@pytest.fixture
+def coded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A model's folder with code in it, whose user says yes to every question."""
+    asked = []
+    monkeypatch.setattr(builtins, "input", lambda *question: asked.append(question) or "y")
     folder = tmp_path / "model"
-    path = sentence_model(folder, model_args={"trust_remote_code": True})
-    (folder / "own.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+    sentence_model(folder)
+    for place in ("own.py", "custom_generate/generate.py"):
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text(
+            f"import os; os.mkdir({str(tmp_path / 'ran')!r})\ngenerate = lambda model: None"
+        )
+    (folder / "custom_generate").rename(folder / "code")
+    yield folder
+    assert not asked
+    assert not (tmp_path / "ran").exists()
+
+
+def told_besides(folder: Path, **more: object) -> str:
     told = json.loads((folder / "config.json").read_text())
+    return put(folder, config={**told, **more})
+
+
+def test_nobody_is_asked_whether_code_may_run(coded: Path) -> None:
     auto = {"AutoConfig": "own.Config", "AutoModel": "own.Model"}
-    put(folder, config={**told, "model_type": "own", "auto_map": auto})
-    refused(path, "config.json", "trust_remote_code")
-    put(folder, config=told)
+    put(coded, sentence_bert_config={"model_args": {"trust_remote_code": True}})
+    refused(told_besides(coded, model_type="own", auto_map=auto), "config.json", "trust_remote")
+    told_besides(coded, model_type="bert")
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
-    put(folder, tokenizer_config=own, sentence_bert_config={})
+    path = put(coded, tokenizer_config=own, sentence_bert_config={})
     try:
         TextEncoder.from_pretrained(path, device="cpu")
     except ModelFilesError as error:
         assert "tokenizer" in str(error)
-    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("AutoModelForDepthEstimation", "AutoImageProcessor", "AutoModel", "AutoTokenizer"),
+        *("BertModel", "RagTokenizer", "pipeline", "__class__", 7, ["BertTokenizer"]),
+    ],
+)
+@pytest.mark.parametrize("file", ["tokenizer_config", "config"])
+def test_what_is_called_a_tokenizer_is_one(coded: Path, file: str, name: object) -> None:
+    auto = {"AutoModelForDepthEstimation": "own.Model", "AutoImageProcessor": "own.Model"}
+    put(coded, preprocessor_config={"auto_map": auto, "image_processor_type": "Own"})
+    path = told_besides(coded, auto_map=auto)
+    if file == "config":
+        (coded / "tokenizer_config.json").unlink()
+        told_besides(coded, tokenizer_class=name)
+    else:
+        put(coded, tokenizer_config={"tokenizer_class": name})
+    refused(path, f"{file}.json", "tokenizer_class", str(name))
+    model = transformers.BertModel(config())
+    with pytest.raises(ModelFilesError, match="tokenizer_class"):
+        TextEncoder.from_pretrained(model, tokenizer=path)
+
+
+def test_a_model_inside_of_a_model_brings_no_code(coded: Path) -> None:
+    small = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1, "image_size": 8}
+    inner = {
+        "model_type": "encoder-decoder",
+        "encoder": {"model_type": "bert"},
+        "decoder": {"model_type": "bert"},
+        "tie_word_embeddings": False,
+        "auto_map": {"AutoModel": "own.Model"},
+        "_name_or_path": str(coded),
+    }
+    vision = {"model_type": "clip_vision_model", "patch_size": 4, "intermediate_size": 8, **small}
+    outer = {"model_type": "vision-text-dual-encoder", "vision_config": vision}
+    refused(put(coded, config={**outer, "text_config": inner}), "config.json", "auto_map")
+    refused(put(coded, config={**outer, "parts": [[inner]]}), "config.json", "auto_map")
+
+
+def test_code_for_generation_does_not_run(coded: Path) -> None:
+    (coded / "code").rename(coded / "custom_generate")
+    path = told_besides(coded, architectures=["BertLMHeadModel"])
+    refused(path, "custom_generate/generate.py")
+    with pytest.raises(UserError, match=r"generate\.py"):
+        Checkpoint(path, "--model ", whole=True).load(torch.float32, "eager")
 
 
 @pytest.mark.parametrize(
@@ -193,17 +257,50 @@ def test_weights_stay_in_the_folder(tmp_path: Path) -> None:
     refused(path, "model.safetensors.index.json", "leaves the model's folder")
 
 
-def test_a_vocabulary_stays_in_the_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        *(("vocab_file", "{}"), ("vocab", "{}"), ("init_inputs", ["{}"]), ("own", {"a": "{}"})),
+    ],
+)
+@pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
+def test_a_vocabulary_stays_in_the_folder(
+    tmp_path: Path, file: str, key: str, shape: object
+) -> None:
     other = tmp_path / "other.txt"
     other.write_text("\n".join(VOCABULARY))
     path = save(tmp_path / "model")
-    settings = {"tokenizer_class": "BertTokenizer", "vocab_file": str(other)}
-    put(tmp_path / "model", tokenizer_config=settings)
-    refused(path, "tokenizer_config.json", "vocab_file")
+
+    def name(place: object) -> None:
+        value = json.loads(json.dumps(shape).replace("{}", str(place)))
+        put(tmp_path / "model", **{file: {"tokenizer_class": "BertTokenizer", key: value}})
+
+    name(other)
+    refused(path, f"{file}.json", key)
+    with pytest.raises(ModelFilesError, match=file):
+        TextEncoder.from_pretrained(transformers.BertModel(config()), tokenizer=path)
+    name(tmp_path / "model" / ".." / "other.txt")
+    refused(path, f"{file}.json", key)
     # what the author's machine had, and this one has not, is in many a folder
-    put(tmp_path / "model", tokenizer_config={**settings, "vocab_file": None, "x_file": "/no/x"})
-    put(tmp_path / "model", tokenizer_config={**settings, "sp_model_kwargs": {"model_file": "x"}})
-    refused(path, "tokenizer_config.json", "sp_model_kwargs.model_file")
+    name("/no/such/file")
+    check_tokenizer_files(path, "")
+    name(tmp_path / "model" / "vocab.txt")
+    check_tokenizer_files(path, "")
+
+
+def test_a_tokenizers_other_files_stay_in_the_folder(tmp_path: Path) -> None:
+    for key, value in (
+        ("sp_model_kwargs", {"model_file": "x"}),
+        ("fast_tokenizer_files", ["../other/tokenizer.4.0.0.json"]),
+        ("fast_tokenizer_files", ["..\\other\\tokenizer.4.0.0.json"]),
+        ("gguf_file", "../other/model.gguf"),
+    ):
+        refused(put(tmp_path, tokenizer_config={key: value}), "tokenizer_config.json", key)
+    put(tmp_path, tokenizer_config={"fast_tokenizer_files": ["tokenizer.4.0.0.json"]})
+    check_tokenizer_files(str(tmp_path), "")
+    # tokens and templates are no names of files, whatever lies in the working directory
+    put(tmp_path, tokenizer_config={"unk_token": __file__, "chat_template": __file__})
+    check_tokenizer_files(str(tmp_path), "")
 
 
 def test_an_adapter_is_refused_by_name(tmp_path: Path) -> None:

@@ -15,8 +15,14 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from encoder_fast.errors import ModelFilesError
-from encoder_fast.text.keys import CONFIG, TOKENIZER_FILE, check
+from encoder_fast.text.keys import CONFIG, INNER_CONFIG, TOKENIZER_FILE, Table, check
 
+_REFUSED = {
+    "adapter_config.json": "adapters are not loaded from files; merge it into the model, or "
+    "load the model and give that",
+    # version 4 of transformers runs it when it loads the folder, without being told to trust it
+    "custom_generate/generate.py": "code of the folder's own, which never runs",
+}
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -96,11 +102,9 @@ def check_files(path: str, subfolder: str) -> None:
     """
     check_tokenizer_files(path, subfolder)
     for folder in {"", subfolder}:
-        if find_file(path, join(folder, "adapter_config.json")) is not None:
-            raise ModelFilesError(
-                f"{path} has an adapter_config.json, and adapters are not loaded from files: "
-                "merge it into the model, or load the model and give that"
-            )
+        for file, why in _REFUSED.items():
+            if find_file(path, join(folder, file)) is not None:
+                raise ModelFilesError(f"{path} has {join(folder, file)}: {why}")
     name = join(subfolder, "config.json")
     _check_config(read_object(path, name, twice=True) or {}, f"{name} of {path}")
     for name in (join(subfolder, index) for index in _INDEXES):
@@ -114,17 +118,25 @@ def check_files(path: str, subfolder: str) -> None:
 
 def check_tokenizer_files(path: str, subfolder: str) -> None:
     """The part of :func:`check_files` that is about a tokenizer."""
-    name = join(subfolder, "tokenizer_config.json")
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        name = join(subfolder, file)
+        config = read_object(path, name, twice=True) or {}
+        known = {key: value for key, value in config.items() if key in TOKENIZER_FILE}
+        check(known, TOKENIZER_FILE, f"{name} of {path}")
+        # Each key of both is an argument of the tokenizer's class, and some classes open what they
+        # are given, wherever it is. Many a folder has a path of its author's machine here, which
+        # does no harm as long as nothing is there.
+        for key, value in config.items():
+            for place in _texts(key, value):
+                if _is_elsewhere(place, path):
+                    raise ModelFilesError(
+                        f"{key} in {name} of {path} is {place!r}, which leaves the model's folder"
+                    )
+    # the tokenizer's class may be named here, and the configuration's own is looked up
+    name = join(subfolder, "config.json")
     config = read_object(path, name, twice=True) or {}
-    known = {key: value for key, value in config.items() if key in TOKENIZER_FILE}
-    check(known, TOKENIZER_FILE, f"{name} of {path}")
-    for key, value in config.items():
-        # Versions before 5 open what these keys name, wherever it is. Many a folder has a path of
-        # its author's machine here, which does no harm as long as nothing is there.
-        if key.endswith("_file") and isinstance(value, str) and _is_elsewhere(value, path):
-            raise ModelFilesError(
-                f"{key} in {name} of {path} is {value!r}, which leaves the model's folder"
-            )
+    known = {key: config[key] for key in ("model_type", "tokenizer_class") if key in config}
+    check(known, CONFIG, f"{name} of {path}")
 
 
 def name_damaged_tokenizer(path: str, subfolder: str) -> None:
@@ -150,17 +162,32 @@ def loading(what: str) -> Iterator[None]:
 
 def _check_config(config: Mapping[str, Any], label: str) -> None:
     """Look at a configuration and those inside it; keys without a rule are transformers' own."""
-    rest = [config]
+    rest: list[tuple[Any, Table]] = [(config, CONFIG)]
+    while rest:
+        one, table = rest.pop()
+        if isinstance(one, dict):
+            check({key: value for key, value in one.items() if key in table}, table, label)
+            if one.get("transformers_weights") is not None:
+                inside(one["transformers_weights"], f"transformers_weights in {label}")
+        inner = one.values() if isinstance(one, dict) else one
+        rest += [(value, INNER_CONFIG) for value in inner if isinstance(value, dict | list)]
+
+
+def _texts(key: str, value: Any) -> Iterator[str]:
+    """The strings in a value of a tokenizer's file, but for those that are tokens or a template."""
+    rest = [] if "_token" in key or key == "chat_template" else [value]
     while rest:
         one = rest.pop()
-        check({key: value for key, value in one.items() if key in CONFIG}, CONFIG, label)
-        if one.get("transformers_weights") is not None:
-            inside(one["transformers_weights"], f"transformers_weights in {label}")
-        rest += [value for value in one.values() if isinstance(value, dict)]
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict | list):
+            rest += one.values() if isinstance(one, dict) else one
 
 
 def _is_elsewhere(file: str, path: str) -> bool:
-    return os.path.exists(file) and Path(path).resolve() not in Path(file).resolve().parents
+    if not os.path.exists(file) or os.path.isdir(file):
+        return False
+    return Path(path).resolve() not in Path(file).resolve().parents
 
 
 def _kind(value: Any) -> str:

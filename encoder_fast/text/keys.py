@@ -89,6 +89,40 @@ def _is_modes(value: Any) -> bool:
     return value is None or all(isinstance(mode, str) for mode in modes)
 
 
+def _is_tokenizer(value: Any) -> bool:
+    """Whether transformers finds a tokenizer under a name, or nothing at all.
+
+    It looks for the name among everything it has, and calls ``from_pretrained`` of what it finds: a
+    model's or an image processor's asks on the terminal whether the folder's code may run.
+    """
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    if not isinstance(value, str):
+        return value is None
+    try:
+        # it tries all three
+        names = (value, f"{value}Fast", value.removesuffix("Fast"))
+        found = [tokenizer_class_from_name(name) for name in names]
+    except Exception:
+        # part of transformers that can't be imported here
+        return False
+    # a dummy stands for a class that lacks a package, and says which when it is used
+    return all(
+        one is None
+        or (isinstance(one, type) and issubclass(one, PreTrainedTokenizerBase))
+        or getattr(one, "is_dummy", False) is True
+        for one in found
+    )
+
+
+def _is_own_files(value: Any) -> bool:
+    """Whether a list names files that stand beside the one that names them."""
+    return value is None or (
+        _is_names(value) and not any(set("/\\\\") & set(name) for name in value)
+    )
+
+
 def _reads_text_alone(value: Any) -> bool:
     """Whether texts go to the model as they are: no images, no messages of a chat."""
     if value is None:
@@ -236,7 +270,10 @@ MODULES: Mapping[str, Table] = {
 }
 """The modules that :class:`~encoder_fast.TextEncoder` has, with what their files may say."""
 
+_TOKENIZER = Rule(_is_tokenizer, "the name of a tokenizer of transformers' own")
+
 CONFIG: Table = {
+    "tokenizer_class": _TOKENIZER,
     "attn_implementation": _ATTENTION,
     "_attn_implementation": _ATTENTION,
     "_attn_implementation_internal": _ATTENTION,
@@ -261,7 +298,14 @@ CONFIG: Table = {
 }
 """What ``config.json`` says beside sizes and numbers; the rest is transformers' own."""
 
+# transformers is told not to trust code for the whole model, and asks again for a model inside.
+INNER_CONFIG: Table = {**CONFIG, "auto_map": _NOTHING}
+"""What a configuration inside of ``config.json`` says."""
+
 TOKENIZER_FILE: Table = {
+    "tokenizer_class": _TOKENIZER,
+    "fast_tokenizer_files": Rule(_is_own_files, "a list of names without a folder, or null"),
+    "gguf_file": _NOTHING,
     "model_max_length": Rule(
         lambda value: value is None or (type(value) in (int, float) and value >= 1),
         "a number of at least 1, or null",
