@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoder_fast.errors import NotFastError
+from encoder_fast.families.origin import is_users_code
 from encoder_fast.looks import are_same
 
 # Where the arithmetic is. Of what else transformers' code calls, no number comes.
@@ -30,8 +30,6 @@ _READ = (
     "transformers.modeling_rope_utils",
     "transformers.pytorch_utils",
 )
-
-_LIBRARIES = {"transformers", "torch", "flash_attn"} | (sys.stdlib_module_names - {"unittest"})
 
 # What the engine's kernels replace of PyTorch.
 _FUNCTIONAL = ("embedding", "layer_norm", "linear", "scaled_dot_product_attention", "softmax")
@@ -93,7 +91,7 @@ class Code:
         values = [value for _, _, value in found]
         if not are_same(values, self._approved):
             for where, name, value in found:
-                if _is_replaced(value):
+                if is_users_code(value):
                     raise NotFastError(f"{where}{name} was replaced")
             for (space, name), tables in self._tables.items():
                 if not are_same(list(_tables_of(self._names[space, name][name])), tables):
@@ -149,25 +147,3 @@ def _method_names(cls: type) -> frozenset[str]:
         if base.__module__.startswith((*_READ, "transformers.modeling_utils"))
         for name, _ in _methods(base)
     )
-
-
-def _is_replaced(value: Any) -> bool:
-    while isinstance(value, functools.partial):
-        value = value.func
-    if isinstance(value, type) or not callable(value):
-        return False
-    value = getattr(value, "__func__", value)
-    while isinstance(value, FunctionType) and _is_decorator(value.__globals__["__name__"]):
-        if not hasattr(value, "__wrapped__"):
-            break
-        value = value.__wrapped__
-    if isinstance(value, FunctionType):
-        home = value.__globals__.get("__name__", "")
-    else:
-        home = type(value).__module__
-    return home.partition(".")[0] not in _LIBRARIES
-
-
-def _is_decorator(module: str) -> bool:
-    """Whether functions of a module, as `torch.no_grad`'s, stand around those of anybody."""
-    return module in ("torch.utils._contextlib", "contextlib", "functools")

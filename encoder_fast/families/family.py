@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from encoder_fast.backends.memory import lacks_memory
 from encoder_fast.errors import UnsupportedModelError
+from encoder_fast.families.origin import MODELS, is_library_code
 from encoder_fast.ops.linear import Activation
 from encoder_fast.spec import EncoderSpec
 
@@ -153,24 +154,6 @@ _MASK_METHODS = {
     "invert_attention_mask",
 }
 
-_LIBRARIES = ("transformers.", "torch.nn.")
-
-
-def is_library_code(function: Any, libraries: tuple[str, ...] = _LIBRARIES) -> bool:
-    """Whether a function is one of transformers or PyTorch, and not a user's in its place.
-
-    Goes by the module that the code was compiled in: ``functools.wraps`` copies a function's name
-    and ``__module__`` to whatever replaces it, but not that. What ``torch.no_grad`` decorates is
-    looked at itself.
-    """
-    while _home(function) == "torch.utils._contextlib" and hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return _home(function).startswith(libraries)
-
-
-def _home(function: Any) -> str:
-    return getattr(function, "__globals__", {}).get("__name__", "")
-
 
 def last_state_is_normed(model: Any) -> bool:
     """Whether a model of transformers 5 gives, as the last of its hidden states, the last hidden
@@ -185,7 +168,7 @@ def expect(module: nn.Module, *names: str) -> nn.Module:
     silently give other numbers.
     """
     cls: Any = type(module)
-    if not cls.__module__.startswith(_LIBRARIES) or cls.__name__ not in names:
+    if not cls.__module__.startswith(MODELS) or cls.__name__ not in names:
         raise UnsupportedModelError(
             f"a {cls.__module__}.{cls.__name__} stands where {' or '.join(names)} is expected"
         )

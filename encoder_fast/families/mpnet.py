@@ -18,9 +18,9 @@ from encoder_fast.families.family import (
     expect_embedding,
     expect_layer_norm,
     expect_linear,
-    is_library_code,
     read_activation,
 )
+from encoder_fast.families.origin import is_library_code
 from encoder_fast.spec import (
     EmbeddingSpec,
     EncoderSpec,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder_fast.errors import UnsupportedModelError
-from encoder_fast.families.family import is_library_code
+from encoder_fast.families.origin import is_library_code
 from encoder_fast.graphs.bucket import float32_precision, gemm_setting
 from encoder_fast.looks import Watch
 from encoder_fast.ops.linear import Activation

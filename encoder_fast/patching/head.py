@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from encoder_fast.families import Family
-from encoder_fast.families.family import has_own_forward, is_library_code
+from encoder_fast.families.family import has_own_forward
+from encoder_fast.families.origin import is_library_code
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from encoder_fast.families import Family
-from encoder_fast.families.family import is_library_code
+from encoder_fast.families.origin import is_library_code
 from encoder_fast.patching.head import told_of
 from encoder_fast.patching.locate import original_class
 from encoder_fast.patching.sentence import is_expanding, pooling_modes, pools_first_token

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoder_fast.families.family import has_own_forward, is_library_code
+from encoder_fast.families.family import has_own_forward
+from encoder_fast.families.origin import is_library_code
 from encoder_fast.ops import pool
 from encoder_fast.packing import PackedBatch
 from encoder_fast.patching.head import is_watched

@@ -18,7 +18,8 @@ from torch.nn.modules import module as torch_module
 from encoder_fast.errors import NotFastError
 from encoder_fast.families import Family
 from encoder_fast.families.code import Code
-from encoder_fast.families.family import has_own_forward, is_library_code
+from encoder_fast.families.family import has_own_forward
+from encoder_fast.families.origin import is_library_code
 from encoder_fast.looks import (
     Edge,
     Watch,
