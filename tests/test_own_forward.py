@@ -96,10 +96,37 @@ def class_on_top(module: nn.Module, seen: Shapes) -> None:
     module.__class__ = Traced
 
 
+def call_on_top(module: nn.Module, seen: Shapes) -> None:
+    class Traced(type(module)):  # type: ignore[misc]
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            return _note(super().__call__(*args, **kwargs), seen)
+
+    module.__class__ = Traced
+
+
+def call_impl(module: nn.Module, seen: Shapes) -> None:
+    inner = module._call_impl
+    module._call_impl = lambda *args, **kwargs: _note(inner(*args, **kwargs), seen)
+
+
+def call_impl_on_top(module: nn.Module, seen: Shapes) -> None:
+    class Traced(type(module)):  # type: ignore[misc]
+        def _call_impl(self, *args: object, **kwargs: object) -> object:
+            return _note(super()._call_impl(*args, **kwargs), seen)
+
+    module.__class__ = Traced
+
+
+def compiled_call(module: nn.Module, seen: Shapes) -> None:
+    inner = module._call_impl
+    module._compiled_call_impl = lambda *args, **kwargs: _note(inner(*args, **kwargs), seen)
+
+
+CALLS = [call_on_top, call_impl, call_impl_on_top, compiled_call]
 WAYS = [by_hand, with_wraps, as_a_method, with_partial, with_accelerate, class_on_top]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *CALLS])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_above_an_encoder_under_a_head(family: str, way: Callable, rows: list[int]) -> None:
     """A head that reads the first token has its encoder compute nothing else, where none looks."""
@@ -118,13 +145,60 @@ def test_above_an_encoder_under_a_head(family: str, way: Callable, rows: list[in
 
 
 @pytest.mark.parametrize("where", ["bert.pooler.dense", "classifier"])
-@pytest.mark.parametrize("way", [by_hand, with_accelerate, class_on_top])
+@pytest.mark.parametrize("way", [by_hand, with_accelerate, class_on_top, *CALLS])
 def test_above_what_a_head_reads_with(way: Callable, where: str, rows: list[int]) -> None:
     model = encoder_fast.patch(zoo.build("bert", "ForSequenceClassification"))
     way(model.get_submodule(where), [])
     with torch.inference_mode():
         model(**inputs("right"))
     assert rows[-1] == rows[0] > 4
+
+
+@pytest.mark.parametrize("way", [with_wraps, *CALLS])
+@pytest.mark.parametrize("where", ["encoder.layer.0", "encoder.layer.1.output.dense"])
+def test_inside_the_stack(where: str, way: Callable) -> None:
+    model, call, seen = encoder_fast.patch(tiny()), inputs("right"), []
+    with torch.inference_mode():
+        model(**call)
+        way(model.get_submodule(where), seen)
+        model(**call)
+    assert len(seen) == 1
+    (reason,) = encoder_fast.report(model).fallbacks
+    assert "replaced" in reason or "Traced" in reason
+
+
+def test_what_every_module_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees all modules, as a global hook does."""
+    model = encoder_fast.patch(zoo.build("bert", "ForSequenceClassification"))
+    call, seen, inner = inputs("right"), [], nn.Module.__call__
+
+    def traced(module: nn.Module, *args: object, **kwargs: object) -> object:
+        output = inner(module, *args, **kwargs)
+        seen.append((type(module).__name__, output[0].shape))
+        return output
+
+    with torch.inference_mode():
+        model(**call)
+        monkeypatch.setattr(nn.Module, "__call__", traced)
+        model(**call)
+    assert ("BertModel", (*call["input_ids"].shape, 48)) in seen
+    assert "BertLayer" in dict(seen)
+    assert "runs was replaced" in next(iter(encoder_fast.report(model).fallbacks))
+
+
+def test_a_pooler_sees_what_it_would_get() -> None:
+    model, call, seen = encoder_fast.patch(tiny()), inputs("right"), []
+
+    def watching(hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(hidden[:, 1])
+        return inner(hidden)
+
+    with torch.inference_mode():
+        expected = model(**call)
+        inner = model.pooler._call_impl
+        model.pooler._call_impl = watching
+        model(**call)
+    assert torch.equal(seen[0], expected.last_hidden_state[:, 1])
 
 
 def _sentence_transformer(folder: str) -> Any:
@@ -173,7 +247,7 @@ def test_above_the_modules_of_one(index: int, when: str, folder: str) -> None:
     assert seen == [(len(TEXTS), width)]
 
 
-@pytest.mark.parametrize("way", [by_hand, with_accelerate])
+@pytest.mark.parametrize("way", [by_hand, with_accelerate, call_impl])
 def test_above_an_encoder_of_packed_texts(way: Callable, folder: str) -> None:
     """Packed tokens go around the model's call, and so around the wrapper."""
     encoder = encoder_fast.TextEncoder.from_pretrained(folder)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoder_fast.errors import NotFastError
+from encoder_fast.families.family import has_own_call
 from encoder_fast.families.origin import is_users_code
 from encoder_fast.looks import are_same
 
@@ -99,6 +100,8 @@ class Code:
             self._approved = values
         for module in self._modules:
             cls: Any = type(module)
+            if has_own_call(module):
+                raise NotFastError(f"what a call of a {cls.__name__} runs was replaced")
             own = _method_names(cls) & module.__dict__.keys()
             if own:
                 raise NotFastError(f"{min(own)} of a {cls.__name__} was replaced")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from encoder_fast.backends.memory import lacks_memory
 from encoder_fast.errors import UnsupportedModelError
-from encoder_fast.families.origin import MODELS, is_library_code
+from encoder_fast.families.origin import MODELS, is_library_code, is_users_code
 from encoder_fast.ops.linear import Activation
 from encoder_fast.spec import EncoderSpec
 
@@ -197,6 +197,22 @@ def has_own_forward(module: nn.Module) -> bool:
             return True
         function = function.__wrapped__
     return False
+
+
+_PYTORCHS = [f for f in (nn.Module.__call__, nn.Module._call_impl) if is_library_code(f)]
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether a user's code stands between a call of the module and its forward."""
+    cls: Any = type(module)
+    return (
+        "_call_impl" in module.__dict__
+        or is_users_code(module.__dict__.get("_compiled_call_impl"))
+        or any(
+            call not in _PYTORCHS and not is_library_code(call)
+            for call in (cls.__call__, cls._call_impl)
+        )
+    )
 
 
 def check_buffers(model: nn.Module, stack: tuple[str, ...]) -> None:

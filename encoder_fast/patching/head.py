@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder_fast.families import Family
-from encoder_fast.families.family import has_own_forward
+from encoder_fast.families.family import has_own_call, has_own_forward
 from encoder_fast.families.origin import is_library_code
 
 
@@ -128,12 +128,13 @@ _CODE = ("transformers.", "torch.nn.", "sentence_transformers.", "encoder_fast."
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether code of the user's own may see what the module is given or returns: a hook, or a
-    forward on the instance or in its class."""
+    """Whether code of the user's own may see what the module is given or returns: a hook, a
+    forward on the instance or in its class, or what a call runs around it."""
     cls: Any = type(module)
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or has_own_forward(module)
         or not is_library_code(cls.forward, _CODE)
+        or has_own_call(module)
     )

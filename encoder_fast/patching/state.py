@@ -31,7 +31,7 @@ from encoder_fast.patching.arguments import (
     read_arguments,
     setting,
 )
-from encoder_fast.patching.head import told_of
+from encoder_fast.patching.head import is_watched, told_of
 from encoder_fast.patching.inputs import inputs_of, pack_call, positions_of
 from encoder_fast.patching.readers import POOLING, Readers, Surroundings
 from encoder_fast.patching.reporting import Counts
@@ -282,7 +282,7 @@ class EncoderState:
         """By the model's own pooler; all of them read column 0 alone. As a view that would have a
         stride that differs with S, and oneDNN keeps a primitive for each."""
         pooler = model.pooler
-        if padded.device.type == "cpu" and not (pooler._forward_pre_hooks or pooler._forward_hooks):
+        if padded.device.type == "cpu" and not is_watched(pooler):
             first = padded[:, 0].clone(memory_format=torch.contiguous_format)
             padded = first.unsqueeze(1).expand(padded.shape)
         return self.family.pool(model, padded)
