@@ -329,3 +329,77 @@ def test_the_method_of_another_module_is_no_module_s_own() -> None:
         output = model(**call)[0]
         assert "the forward of a Linear" in next(iter(encoder_fast.report(model).fallbacks))
         assert torch.equal(output, encoder_fast.unpatch(model)(**call)[0])
+
+
+def test_the_method_from_before_patching_is_put_back() -> None:
+    model, call = tiny(), inputs("right")
+    before = model.forward
+    encoder_fast.patch(model)
+    by_hand(model, [])
+    model.forward = before
+    with torch.inference_mode():
+        model(**call)
+    report = encoder_fast.report(model)
+    assert (report.fast_calls, report.fallbacks) == (1, {})
+
+
+@pytest.mark.parametrize("leave", ["hook", "method"])
+def test_the_patched_method_is_left_behind(leave: str) -> None:
+    """On a model that is not patched any more, and then is again."""
+    model, call = tiny(), inputs("right")
+    with torch.inference_mode():
+        expected = model(**call)[0]
+        with encoder_fast.patched(model):
+            before = model.forward
+            if leave == "hook":
+                add_hook_to_module(model, ModelHook())
+        if leave == "hook":
+            remove_hook_from_module(model)
+        else:
+            model.forward = before
+        assert torch.equal(model(**call)[0], expected)
+        encoder_fast.patch(model, strict=True)
+        model(**call)
+        assert encoder_fast.report(model).fast_calls == 1
+        assert torch.equal(encoder_fast.unpatch(model)(**call)[0], expected)
+
+
+def test_a_function_that_copies_the_patched_method_s_attributes_is_a_users() -> None:
+    model, call, seen = encoder_fast.patch(tiny()), inputs("right"), []
+    as_a_method(model, seen)
+    functools.update_wrapper(model.forward.__func__, type(model).forward)
+    encoder_fast.unpatch(model)
+    with pytest.raises(encoder_fast.UnsupportedModelError, match="on the instance"):
+        encoder_fast.patch(model)
+    with torch.inference_mode():
+        model(**call)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("where", ["", "classifier"])
+def test_a_hook_on_a_head_is_removed_after_patching(where: str, rows: list[int]) -> None:
+    model, call = zoo.build("bert", "ForSequenceClassification"), inputs("right")
+    module = model.get_submodule(where)
+    add_hook_to_module(module, ModelHook())
+    encoder_fast.patch(model)
+    with torch.inference_mode():
+        model(**call)
+        assert rows[-1] == rows[0] > 4
+        remove_hook_from_module(module)
+        model(**call)
+    assert rows[-1] == 4
+
+
+@pytest.mark.parametrize("index", [None, 0, 1])
+def test_a_hook_in_a_sentence_transformer_is_removed_after_patching(
+    index: int | None, folder: str
+) -> None:
+    model = _sentence_transformer(folder)
+    module = model if index is None else model[index]
+    add_hook_to_module(module, ModelHook())
+    encoder_fast.patch(model)
+    model.encode(TEXTS)
+    assert encoder_fast.report(model).encoders[0].pooled_calls == 0
+    remove_hook_from_module(module)
+    model.encode(TEXTS)
+    assert encoder_fast.report(model).encoders[0].pooled_calls == 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -177,10 +179,20 @@ def expect(module: nn.Module, *names: str) -> nn.Module:
     return module
 
 
+patched_methods: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""The forwards of patched classes, each with the class whose forward it stands for."""
+
+
+def _originals(forward: Any) -> Any:
+    cls = patched_methods.get(forward) if isinstance(forward, FunctionType) else None
+    return forward if cls is None else cls.forward
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a forward on the instance does something else than the one of its class.
 
-    accelerate leaves the module's own method there when it removes a hook, bound again.
+    accelerate leaves the module's own method there when it removes a hook, bound again. That may
+    be the method from before ``patch``, or the one from between ``patch`` and ``unpatch``.
     """
     if "forward" not in module.__dict__:
         return False
@@ -191,8 +203,8 @@ def has_own_forward(module: nn.Module) -> bool:
         return True
     # accelerate's unwrap_model takes off every decorator, those of the class's own forward too.
     cls: Any = type(module)
-    function = cls.forward
-    while function is not own.__func__:
+    function, bound = _originals(cls.forward), _originals(own.__func__)
+    while function is not bound:
         if not hasattr(function, "__wrapped__"):
             return True
         function = function.__wrapped__

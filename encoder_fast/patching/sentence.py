@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoder_fast.families.family import has_own_forward
 from encoder_fast.families.origin import is_library_code
 from encoder_fast.ops import pool
 from encoder_fast.packing import PackedBatch
@@ -260,15 +259,15 @@ def _is_untouched(module: Any, *names: str, methods: tuple[str, ...] = ("forward
     """Whether it is one of the library's own, and nobody looks at what it is given or returns."""
     return (
         _is_own(module, *names, methods=methods)
+        and module.__dict__.keys().isdisjoint(method for method in methods if method != "forward")
         and not is_watched(module)
         and getattr(module, "_compiled_call_impl", None) is None
     )
 
 
 def _is_own(module: nn.Module, *names: str, methods: tuple[str, ...] = ("forward",)) -> bool:
+    """Whether it is of one of the library's classes; what is on the instance may go again."""
     cls = original_class(module)
     return cls.__name__ in names and all(
-        is_library_code(getattr(cls, name, None), _LIBRARY)
-        and (not has_own_forward(module) if name == "forward" else name not in module.__dict__)
-        for name in methods
+        is_library_code(getattr(cls, name, None), _LIBRARY) for name in methods
     )

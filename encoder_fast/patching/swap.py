@@ -23,7 +23,7 @@ from torch import nn
 
 from encoder_fast.errors import UnsupportedModelError
 from encoder_fast.families import find_family, unsupported
-from encoder_fast.families.family import has_own_forward
+from encoder_fast.families.family import has_own_forward, patched_methods
 from encoder_fast.patching.head import HeadState
 from encoder_fast.patching.locate import STATE, original_class, root_module
 from encoder_fast.patching.readers import Surroundings, ways_to
@@ -231,6 +231,8 @@ def _make_fast_class(original: Any, entry: str) -> Any:
     # accelerate unwraps a forward as far as it goes, which would take ours off as well.
     method.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     del method.__wrapped__
+    if entry == "forward":
+        patched_methods[method] = original
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         # A pickle holds the model as it was before: it loads without encoder_fast. The usual
@@ -241,8 +243,16 @@ def _make_fast_class(original: Any, entry: str) -> Any:
         cls = original if type(self) is fast else type(self)
         return _Copier(self), (cls,), _State(self, state)
 
+    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
+        super(fast, self).__setattr__(name, value)
+        # Whoever takes a wrapper off puts back what stood there before patch(): the original
+        # method, which would run in place of the one that asks the state.
+        if name == "forward" and not has_own_forward(self):
+            self.__dict__.pop(name, None)
+
     namespace = {
         entry: method,
+        "__setattr__": set_attribute,
         "__reduce_ex__": reduce_ex,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
