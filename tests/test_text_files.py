@@ -9,18 +9,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import transformers
 from berts import config
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from model_folders import HOME, VOCABULARY, Files, cross_model, modules, put, save, sentence_model
 
 from encoder_fast import ModelFilesError, TextEncoder
 from encoder_fast.cli.checkpoint import Checkpoint
 from encoder_fast.cli.errors import UserError
-from encoder_fast.text.files import check_tokenizer_files
+from encoder_fast.text.files import check_tokenizer_files, find_file
 from encoder_fast.text.rerank import activate
+from encoder_fast.text.settings import read_settings
 
 
 def refused(path: str, *words: str) -> None:
@@ -28,6 +31,9 @@ def refused(path: str, *words: str) -> None:
         TextEncoder.from_pretrained(path, device="cpu")
     for word in words:
         assert word in str(caught.value)
+
+
+POOLED: Files = {"1_Pooling__config": {"word_embedding_dimension": 48, "pooling_mode": "cls"}}
 
 
 # --- code ---
@@ -234,7 +240,19 @@ def test_a_module_is_no_import(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("number", [0, 1], ids=["transformer", "pooling"])
 @pytest.mark.parametrize(
-    "place", ["../other", "a/../../other", "/other", "C:\\other", "..\\other", "~", "a\0b", 3, None]
+    "place",
+    [
+        "https://elsewhere/other",
+        "../other",
+        "a/../../other",
+        "/other",
+        "C:\\other",
+        "..\\other",
+        "~",
+        "a\0b",
+        3,
+        None,
+    ],
 )
 def test_a_module_stays_in_the_folder(tmp_path: Path, number: int, place: object) -> None:
     entries = modules("Transformer", "Pooling")
@@ -391,6 +409,53 @@ def test_two_modules_of_one_name(tmp_path: Path) -> None:
     refused(put(tmp_path, modules=entries), "modules.json", "two modules of one name")
 
 
+# --- files that are missing ---
+
+
+@pytest.mark.parametrize("content", [None, {}])
+def test_a_pooling_that_says_nothing(tmp_path: Path, content: object) -> None:
+    path = sentence_model(tmp_path)
+    put(tmp_path, **{"1_Pooling__config": content or {}})
+    if content is None:
+        (tmp_path / "1_Pooling" / "config.json").unlink()
+    refused(path, "1_Pooling/config.json", "pooling=")
+    assert read_settings(path, "max").pooling == "max"
+
+
+def test_a_folder_of_a_module_that_is_not_there(tmp_path: Path) -> None:
+    entries = modules("Transformer", "Pooling")
+    entries[0]["path"] = "0_Transformer"
+    path = sentence_model(tmp_path)
+    refused(put(tmp_path, modules=entries), path, "0_Transformer/config.json", "modules.json")
+
+
+def test_a_hub_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing about a file, and the settings are not guessed."""
+
+    def hub(error: Exception) -> None:
+        def download(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", download)
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    hub(LocalEntryNotFoundError("no connection"))
+    with pytest.raises(OSError, match=r"modules\.json of someone/model can't be fetched"):
+        read_settings("someone/model", None)
+    # what it has said before is in its cache
+    known = huggingface_hub.file_download._CACHED_NO_EXIST
+    with monkeypatch.context() as cache:
+        cache.setattr(huggingface_hub.file_download, "try_to_load_from_cache", lambda *_: known)
+        assert find_file("someone/model", "modules.json") is None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert find_file("someone/model", "modules.json") is None
+    hub(EntryNotFoundError("404"))
+    assert find_file("someone/model", "modules.json") is None
+    hub(OSError(28, "the disk is full"))
+    with pytest.raises(OSError, match="disk is full"):
+        find_file("someone/model", "modules.json")
+
+
 # --- keys ---
 
 
@@ -411,6 +476,16 @@ def test_two_modules_of_one_name(tmp_path: Path) -> None:
         ("sentence_bert_config", {"modality_config": {"message": {}}}),
         ("sentence_bert_config", {"modality_config": {"text": {"method": "eval"}}}),
         ("sentence_bert_config", {"processing_kwargs": {"text": {"truncation": False}}}),
+        ("sentence_bert_config", {"processing_kwargs": {"text": {"truncation": None}}}),
+        ("sentence_bert_config", {"processing_kwargs": {"common": {"truncation": None}}}),
+        ("sentence_bert_config", {"processing_kwargs": {"text": {"add_special_tokens": None}}}),
+        ("sentence_bert_config", {"processing_kwargs": {"common": {"return_tensors": None}}}),
+        ("sentence_bert_config", {"processing_kwargs": {"text": {"padding_side": "left"}}}),
+        ("sentence_bert_config", {"tokenizer_args": {"padding_side": "left"}}),
+        ("sentence_bert_config", {"processor_kwargs": {"model_max_length": None}}),
+        ("sentence_bert_config", {"processor_kwargs": {"do_lower_case": None}}),
+        ("sentence_bert_config", {"tokenizer_args": {"truncation_side": None}}),
+        ("sentence_bert_config", {"model_args": {"dtype": None}}),
         ("sentence_bert_config", {"processing_kwargs": {"text": {"stride": 3}}}),
         ("sentence_bert_config", {"processing_kwargs": {"common": {"add_special_tokens": False}}}),
         ("sentence_bert_config", {"processing_kwargs": {"txet": {}}}),
@@ -429,11 +504,16 @@ def test_two_modules_of_one_name(tmp_path: Path) -> None:
         ("config_sentence_transformers", {"requirements": {"transformers": ">=99"}}),
         ("config_sentence_transformers", {"new_in_version_7": False}),
         ("1_Pooling__config", {"pooling_mode": 4}),
+        ("1_Pooling__config", {"pooling_mode": None}),
+        ("1_Pooling__config", {"pooling_mode": []}),
         ("1_Pooling__config", {"include_prompt": False}),
+        ("1_Pooling__config", {"include_prompt": None}),
         ("1_Pooling__config", {"new_in_version_7": 1}),
         ("2_Normalize__config", {"module_input_name": "token_embeddings"}),
+        ("2_Normalize__config", {"module_input_name": None}),
     ],
 )
 def test_keys_are_refused_by_name(tmp_path: Path, file: str, content: Files) -> None:
-    path = put(tmp_path, modules=modules("Transformer", "Pooling", "Normalize"), **{file: content})
+    put(tmp_path, modules=modules("Transformer", "Pooling", "Normalize"), **POOLED)
+    path = put(tmp_path, **{file: content})
     refused(path, f"{file.replace('__', '/')}.json", next(iter(content)))

@@ -96,7 +96,7 @@ def test_all_settings(tmp_path: Path) -> None:
         ),
         (
             {
-                "modules": modules("Transformer", "Pooling"),
+                "modules": modules("Transformer"),
                 "config_sentence_transformers": {"similarity_fn_name": "manhattan"},
             },
             "similarity_fn_name = 'manhattan'",

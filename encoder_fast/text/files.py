@@ -32,13 +32,34 @@ def join(folder: str, name: str) -> str:
 
 
 def find_file(path: str, name: str) -> str | None:
-    """Where a file of a local folder or hub repository is; ``None`` where there is no such."""
+    """Where a file of a local folder or hub repository is; ``None`` where there is no such.
+
+    Raises:
+        OSError: the hub gave no answer, and so nothing is known of the file.
+    """
     from transformers.utils import cached_file
 
     try:
         return cached_file(path, name)
-    except OSError:
-        return None
+    except OSError as error:
+        if os.path.isdir(path) or _is_known_to_be_missing(path, name, error):
+            return None
+        raise OSError(f"{name} of {path} can't be fetched: {error}") from error
+
+
+def _is_known_to_be_missing(path: str, name: str, error: OSError) -> bool:
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cause = error.__cause__
+    if cause is None:
+        # transformers' own word; a full disk or a broken connection has a number or a class
+        return type(error) is OSError and error.errno is None
+    if not isinstance(cause, LocalEntryNotFoundError):
+        return isinstance(cause, EntryNotFoundError)
+    # not in the cache, and no answer: but the hub was not to be asked, or has answered before
+    cached = file_download.try_to_load_from_cache(path, name)
+    return constants.HF_HUB_OFFLINE or cached is file_download._CACHED_NO_EXIST
 
 
 def read_object(path: str, name: str, *, twice: bool = False) -> dict[str, Any] | None:
@@ -89,7 +110,8 @@ def inside(place: Any, what: str) -> str:
         raise ModelFilesError(f"{what} must be a string, not {_kind(place)}")
     # a folder that was written on one system may be read on another
     parts = PureWindowsPath(place)
-    if parts.anchor or place.startswith("~") or ".." in parts.parts or "\0" in place:
+    leaves = parts.anchor or place.startswith("~") or ".." in parts.parts
+    if leaves or "\0" in place or "://" in place:
         raise ModelFilesError(f"{what} is {place!r}, which leaves the model's folder")
     return place
 
@@ -106,7 +128,10 @@ def check_files(path: str, subfolder: str) -> None:
             if find_file(path, join(folder, file)) is not None:
                 raise ModelFilesError(f"{path} has {join(folder, file)}: {why}")
     name = join(subfolder, "config.json")
-    _check_config(read_object(path, name, twice=True) or {}, f"{name} of {path}")
+    config = read_object(path, name, twice=True)
+    if config is None and subfolder:
+        raise ModelFilesError(f"{path} has no {name}, though modules.json names its folder")
+    _check_config(config or {}, f"{name} of {path}")
     for name in (join(subfolder, index) for index in _INDEXES):
         found = read_object(path, name, twice=True)
         for key in ("metadata", "weight_map"):

@@ -86,7 +86,7 @@ def _is_prompts(value: Any) -> bool:
 
 def _is_modes(value: Any) -> bool:
     modes = value if isinstance(value, list | tuple) else [value]
-    return value is None or all(isinstance(mode, str) for mode in modes)
+    return bool(modes) and all(isinstance(mode, str) for mode in modes)
 
 
 def _is_tokenizer(value: Any) -> bool:
@@ -140,6 +140,8 @@ def _reads_text_alone(value: Any) -> bool:
 
 HARMLESS = Rule(lambda value: True, "anything")
 _FLAG = Rule(lambda value: value is None or isinstance(value, bool), "true, false or null")
+# null is one more value to a tokenizer: no lower case, or no limit
+_BOOL = Rule(lambda value: isinstance(value, bool), "true or false")
 _TEXT = Rule(lambda value: isinstance(value, str), "a string")
 _TEXT_OR_NOT = Rule(lambda value: isinstance(value, str | None), "a string or null")
 _COUNT = Rule(lambda value: value is None or _is_count(value), "a whole number above 0, or null")
@@ -147,6 +149,8 @@ _NOTHING = _one_of(None)
 # A name with a slash is a kernel that would be fetched from the hub and run. So may the names of
 # flash attention be, where the package is missing.
 _ATTENTION = _one_of("eager", "sdpa", None)
+# On the left it moves the positions of the shorter texts in a batch, in most families.
+_PADDING_SIDE = _one_of("right")
 
 _ACTIVATIONS = (nn.Identity, nn.Sigmoid, nn.Tanh, nn.ReLU, nn.Softplus, nn.LogSigmoid)
 ACTIVATIONS: Mapping[str, nn.Module] = {
@@ -190,8 +194,8 @@ WHOLE: Mapping[str, Table] = {
 """``config_sentence_transformers.json``, by the kind of model."""
 
 MODEL_OPTIONS: Table = {
-    "dtype": _one_of("auto", "float32", "float16", "bfloat16", None),
-    "torch_dtype": _one_of("auto", "float32", "float16", "bfloat16", None),
+    "dtype": _one_of("auto", "float32", "float16", "bfloat16"),
+    "torch_dtype": _one_of("auto", "float32", "float16", "bfloat16"),
     "attn_implementation": _ATTENTION,
     "add_pooling_layer": _FLAG,
     "use_safetensors": _FLAG,
@@ -202,11 +206,11 @@ MODEL_OPTIONS: Table = {
     "device_map": HARMLESS,
 }
 TOKENIZER_OPTIONS: Table = {
-    "model_max_length": _COUNT,
-    "padding_side": _one_of("right", "left", None),
-    "truncation_side": _one_of("right", "left", None),
+    "model_max_length": Rule(_is_count, "a whole number above 0"),
+    "padding_side": _PADDING_SIDE,
+    "truncation_side": _one_of("right", "left"),
     **{
-        name: _FLAG
+        name: _BOOL
         for name in (
             *("use_fast", "do_lower_case", "strip_accents", "tokenize_chinese_chars"),
             *("add_prefix_space", "clean_up_tokenization_spaces", "fix_mistral_regex"),
@@ -219,11 +223,11 @@ _CALL: Table = {
     "padding": HARMLESS,
     "pad_to_multiple_of": HARMLESS,
     "verbose": HARMLESS,
-    "padding_side": _one_of("right", None),
-    "return_tensors": _one_of("pt", None),
-    "truncation": _one_of(True, "longest_first", None),
+    "padding_side": _PADDING_SIDE,
+    "return_tensors": _one_of("pt"),
+    "truncation": _one_of(True, "longest_first"),  # null means that nothing is cut
     "max_length": _COUNT,
-    "add_special_tokens": _one_of(True, None),
+    "add_special_tokens": _one_of(True),
     "logits_to_keep": HARMLESS,  # for models that generate
 }
 TRANSFORMER: Table = {
@@ -257,10 +261,10 @@ POOLING: Table = {
     "word_embedding_dimension": HARMLESS,
     "pooling_mode": Rule(_is_modes, "a string or a list of strings"),
     **dict.fromkeys(POOLING_FLAGS, _FLAG),
-    "include_prompt": _one_of(True, None),
+    "include_prompt": _one_of(True),  # null means that it is left out
 }
 NORMALIZE: Table = {
-    "module_input_name": _one_of("sentence_embedding", None),
+    "module_input_name": _one_of("sentence_embedding"),
     "module_output_name": _one_of("sentence_embedding", None),
 }
 MODULES: Mapping[str, Table] = {

@@ -108,6 +108,10 @@ def read_settings(path: str, pooling: str | None) -> Settings:
         files = [join(entry["path"], name) for name in names]
         found = ((file, read_object(path, file)) for file in files)
         file, config = next(((file, config) for file, config in found if config), (files[0], {}))
+        if not config and kind == "Pooling" and pooling is None:
+            raise ModelFilesError(
+                f"{file} of {path} is missing or empty, and it says how to pool: choose by pooling="
+            )
         parts.append(Part(kind, config, f"{file} of {path}"))
     whole = read_object(path, _WHOLE_FILE) or {}
     settings = _settings(parts, whole, f"{_WHOLE_FILE} of {path}", pooling, path)
