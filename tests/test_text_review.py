@@ -41,6 +41,7 @@ def folder(path: Path, **files: object) -> Path:
         if file.is_file() and file.name not in ("sentence_bert_config.json", "modules.json"):
             (path / file.name).symlink_to(file)
     (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     for name, value in content.items():
         text = value if isinstance(value, str) else json.dumps(value)
         (path / f"{name}.json").write_text(text)
