@@ -1,14 +1,17 @@
 """What the keys of a model's files do, held against sentence-transformers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from model_folders import Files, cross_model, put, save, sentence_model
 from torch import nn
 
+import encoder_fast
 from encoder_fast import ModelFilesError, TextEncoder
 from encoder_fast.text import keys
 from encoder_fast.text.settings import model_kind
@@ -188,3 +191,90 @@ def test_what_embeds_otherwise_is_refused(tmp_path: Path, name: str) -> None:
         model_kind(model)
     with pytest.raises(ModelFilesError, match=name):
         TextEncoder.from_pretrained(model)
+
+
+def hooked(model: nn.Module) -> str:
+    model[1].register_forward_hook(lambda *_: None)
+    return "hook on this Pooling"
+
+
+def prepared(model: nn.Module) -> str:
+    own = "preprocess" if hasattr(model[0], "preprocess") else "tokenize"
+    whole = getattr(model[0], own)
+    setattr(model[0], own, lambda texts, **options: whole(texts, **options))
+    return f"{own} of this Transformer"
+
+
+def overridden(model: nn.Module) -> str:
+    class Mine(type(model)):
+        def encode(self, sentences: list[str], **options: object) -> object:
+            return super().encode(["query " + one for one in sentences], **options)
+
+    model.__class__ = Mine
+    return "encode of this Mine"
+
+
+def pooled_otherwise(model: nn.Module) -> str:
+    model[1].forward = lambda features: features
+    return "forward of this Pooling"
+
+
+@pytest.mark.parametrize("change", [hooked, prepared, overridden, pooled_otherwise])
+@pytest.mark.parametrize("patched", [False, True])
+def test_code_around_a_live_encoder_is_not_left_out(
+    tmp_path: Path, change: Callable[[nn.Module], str], patched: bool
+) -> None:
+    model = st.SentenceTransformer(sentence_model(tmp_path), device="cpu")
+    if patched:
+        encoder_fast.patch(model)
+    TextEncoder.from_pretrained(model)
+    with pytest.raises(ModelFilesError, match=change(model)):
+        TextEncoder.from_pretrained(model)
+
+
+def test_a_method_replaced_in_the_librarys_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = st.SentenceTransformer(sentence_model(tmp_path), device="cpu")
+    monkeypatch.setattr(type(model[1]), "forward", lambda self, features: features)
+    with pytest.raises(ModelFilesError, match="forward of this Pooling"):
+        TextEncoder.from_pretrained(model)
+
+
+def test_a_module_of_the_users_is_refused(tmp_path: Path) -> None:
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = transformers.BertModel.from_pretrained(path)
+            self.head = nn.Linear(48, 7)
+
+    path = save(tmp_path)
+    with pytest.raises(ModelFilesError, match="Projected"):
+        TextEncoder.from_pretrained(Projected(), tokenizer=path)
+    # a wrapper that adds nothing is looked through
+    compiled = torch.compile(transformers.BertModel.from_pretrained(path))
+    ours = TextEncoder.from_pretrained(compiled, tokenizer=path)
+    assert np.array_equal(ours.encode(TEXTS), TextEncoder.from_pretrained(path).encode(TEXTS))
+
+
+def test_virtual_tokens_are_not_left_out(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    path = sentence_model(tmp_path)
+    kinds = {
+        "virtual": peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=4),
+        "lora": peft.LoraConfig(task_type="FEATURE_EXTRACTION", init_lora_weights=False),
+    }
+    for name, kind in kinds.items():
+        whole = st.SentenceTransformer(path, device="cpu")
+        adapted = peft.get_peft_model(transformers.BertModel.from_pretrained(path), kind).eval()
+        (held,) = whole[0]._modules  # called `model` or, before version 6, `auto_model`
+        setattr(whole[0], held, adapted)
+        if name == "virtual":
+            for model in (adapted, whole):
+                with pytest.raises(ModelFilesError, match="PeftModel"):
+                    TextEncoder.from_pretrained(model, tokenizer=path)
+        else:
+            expected = whole.encode(TEXTS)
+            for model in (adapted, whole):
+                ours = TextEncoder.from_pretrained(model, tokenizer=path)
+                assert np.allclose(ours.encode(TEXTS), expected, atol=1e-5)

@@ -21,7 +21,7 @@ MODELS = ("transformers.", "torch.nn.")
 
 _LIBRARIES = {
     *("transformers", "torch", "flash_attn", "sentence_transformers"),
-    *("accelerate", "peft", "trl", "encoder_fast"),
+    *("accelerate", "peft", "trl", "encoder_fast", "typing_extensions"),
     # Its mocks call whatever they are given.
     *(sys.stdlib_module_names - {"unittest"}),
 }

@@ -20,6 +20,7 @@ from encoder_fast.text.files import (
     loading,
     name_damaged_tokenizer,
 )
+from encoder_fast.text.live import encoder_in
 from encoder_fast.text.settings import Settings, live_settings, model_kind, read_settings
 
 _HEADS = {
@@ -72,15 +73,11 @@ def _take_apart(model: Any, pooling: str | None) -> tuple[nn.Module, Any, Settin
 
     if isinstance(model, PreTrainedModel):
         return model, None, Settings(pooling=pooling or "mean")
-    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if inner is None:
-        raise ValueError(f"a {type(model).__name__} holds no Hugging Face model")
-    tokenizer = getattr(model, "tokenizer", None)
     kind = model_kind(model)
-    if kind is not None:
-        return inner, tokenizer, live_settings(model, kind, pooling)
-    settings = Settings(pooling=pooling or "mean", max_length=getattr(model, "max_length", None))
-    return inner, tokenizer, settings
+    encoder = encoder_in(model, kind)
+    if kind is None:
+        return encoder, None, Settings(pooling=pooling or "mean")
+    return encoder, getattr(model, "tokenizer", None), live_settings(model, kind, pooling)
 
 
 def _check_path(path: str) -> None:
