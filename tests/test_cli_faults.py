@@ -20,6 +20,7 @@ from cli_runs import BLOCK, Stop, call, keep_threads, lines, model, one_line, ti
 from encoder_fast.cli import errors, job
 from encoder_fast.cli.errors import UserError
 from encoder_fast.cli.parts import Part, Unfinished
+from encoder_fast.cli.records import Source
 
 __all__ = ["keep_threads", "lines", "model"]  # fixtures
 
@@ -152,6 +153,27 @@ def test_a_finished_run_is_resumed(
     assert "out.npy exists: --overwrite replaces it" in one_line(capsys)
     assert call(monkeypatch, *arguments, "-m", model, "--overwrite") == 0
     assert out.read_bytes() == data
+
+
+@pytest.mark.parametrize("name", ["lines.txt", "sub/../lines.txt", "hard"])
+def test_an_output_is_not_its_input(
+    model: Path, lines: Path, name: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "sub").mkdir()
+    os.link(lines, tmp_path / "hard")
+    before = lines.read_bytes()
+    arguments = ("embed", lines, "-m", model, "-o", tmp_path / name, "--format", "jsonl")
+    for more in ((), ("--resume",)):
+        assert call(monkeypatch, *arguments, "--overwrite", *more) == 1
+        assert "is the input: give another file" in one_line(capsys)
+    assert lines.read_bytes() == before
+
+
+def test_a_column_without_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("text,\na,b\n")
+    assert [record.text for record in Source(str(path), None, "", None)] == ["b"]
+    assert [record.text for record in Source(str(path), None, None, None)] == ["a"]
 
 
 def test_a_finished_run_of_a_pipe_is_resumed(model: Path, tmp_path: Path, monkeypatch) -> None:

@@ -72,6 +72,7 @@ class Job:
         Raises:
             UserError: something is wrong with the input, the model or the output.
         """
+        self.output.check_against(self.source)
         if self.output.is_stream:
             self._run(None)
             return

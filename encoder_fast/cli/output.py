@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder_fast.cli.errors import UserError
-from encoder_fast.cli.records import STANDARD, import_pyarrow
+from encoder_fast.cli.records import STANDARD, Source, import_pyarrow
 
 _SUFFIXES = {
     ".npy": "npy",
@@ -95,6 +95,14 @@ class Output:
                 f"{self.unfinished} is what an interrupted run left: --resume goes on with it, "
                 "--overwrite begins anew"
             )
+
+    def check_against(self, source: Source) -> None:
+        """Raise :class:`UserError` where the output would replace its own input."""
+        if not source.rereadable or self.is_stream:
+            return
+        with suppress(FileNotFoundError):
+            if os.path.samefile(source.path, self.target):
+                raise UserError(f"--output {self.path} is the input: give another file")
 
     @property
     def may_be_done(self) -> bool:

@@ -84,7 +84,7 @@ class Source:
                     raise UserError(f"{option} is for csv, jsonl and parquet; {path} is text")
         elif self.format == "parquet" and not self.rereadable:
             raise UserError("parquet can't be read from a pipe: give a file")
-        self.column = column or "text"
+        self.column = "text" if column is None else column
         self.id_column = id_column
 
     def __iter__(self) -> Iterator[Record]:
