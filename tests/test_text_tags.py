@@ -362,6 +362,11 @@ SCHEMES = {
     "BIOES without an inside": ("O B-A E-A S-B", "O B:A E:A S:B"),
     "BILOU": ("O B-A I-A L-A U-A U-B", "O B:A I:A L:A U:A U:B"),
     "BMES": ("O B-A M-A E-A S-A", "O B:A M:A E:A S:A"),
+    "BMEWO": ("O B-A M-A E-A W-A W-B", "O B:A M:A E:A W:A W:B"),
+    "words": ("O BEGIN-PER INSIDE-PER BEGIN-LOC", "O B:PER I:PER B:LOC"),
+    "dots": ("O B.PER I.PER I.LOC", "O B:PER I:PER I:LOC"),
+    "colons": ("O B:PER I:PER", "O B:PER I:PER"),
+    "addresses": ("O END-DATE LAST-NAME UNIT", "O END-DATE LAST-NAME UNIT"),
     "behind": ("O PER-B PER-I LOC-B", "O B:PER I:PER B:LOC"),
     "behind, BIOES": ("O A-B A-I A-E A-S C-S", "O B:A I:A E:A S:A S:C"),
     "underscores": ("O B_FIRST_NAME I_FIRST_NAME", "O B:FIRST_NAME I:FIRST_NAME"),
@@ -404,8 +409,8 @@ def test_label_schemes(scheme: str) -> None:
             letter, _, name = meant[i].rpartition(":")
             number = labels.class_of[place]
             assert ("O" if number == OUTSIDE else labels.classes[number]) == name
-            assert labels.begins[place] == (letter in ("B", "S", "U"))
-            assert labels.ends[place] == (letter in ("E", "L", "S", "U"))
+            assert labels.begins[place] == (letter in ("B", "S", "U", "W"))
+            assert labels.ends[place] == (letter in ("E", "L", "S", "U", "W"))
 
 
 SEQUENCES = {

@@ -276,7 +276,21 @@ MODULES: Mapping[str, Table] = {
 
 _TOKENIZER = Rule(_is_tokenizer, "the name of a tokenizer of transformers' own")
 
+
+def _at_most(limit: int) -> Rule:
+    # what is no whole number is for transformers to refuse
+    return Rule(lambda value: type(value) is not int or value <= limit, f"at most {limit:,}")
+
+
+# What transformers makes one by one, for hours, before it sees that the weights don't fit.
+_DEPTHS = (
+    *("num_hidden_layers", "num_layers", "n_layers", "n_layer", "encoder_layers", "decoder_layers"),
+    *("num_hidden_groups", "inner_group_num", "num_experts", "num_local_experts"),
+)
+
 CONFIG: Table = {
+    **dict.fromkeys(_DEPTHS, _at_most(1_000)),
+    "num_labels": _at_most(1_000_000),
     "tokenizer_class": _TOKENIZER,
     "attn_implementation": _ATTENTION,
     "_attn_implementation": _ATTENTION,

@@ -1,13 +1,14 @@
 """What the label names of a token classifier say: a class, and a place within an entity.
 
-The place is a letter before or behind the class (``B-PER``, ``PER_B``), or all of the name (``B``):
+The place is a letter before or behind the class (``B-PER``, ``PER_B``, ``B.PER``), or all of the
+name (``B``), or the word in place of its letter (``BEGIN-PER``):
 
 | letter | the token is | schemes |
 |---|---|---|
 | B | an entity's first | BIO, BIOES, BILOU, BMES |
-| I, M | inside of one | I: IO, BIO, BIOES, BILOU; M: BMES |
-| E, L | its last | E: BIOES, BMES; L: BILOU |
-| S, U | all of it | S: BIOES, BMES; U: BILOU |
+| I, M | inside of one | I: IO, BIO, BIOES, BILOU; M: BMES, BMEWO |
+| E, L | its last | E: BIOES, BMES, BMEWO; L: BILOU |
+| S, U, W | all of it | S: BIOES, BMES; U: BILOU; W: BMEWO |
 
 A name may look like that and mean something else (``E-mail``, ``T-cell`` beside ``B-cell``), so the
 set of names decides and never a name alone.
@@ -24,9 +25,10 @@ import numpy as np
 
 OUTSIDE = -1
 
-_BEFORE = re.compile(r"(?P<place>[BIMELSU])(?:[-_](?P<name>.+))?", re.IGNORECASE | re.DOTALL)
-_BEHIND = re.compile(r"(?P<name>.+)[-_](?P<place>[BIMELSU])", re.IGNORECASE | re.DOTALL)
-_SCHEMES = tuple(map(frozenset, ("BIES", "BILU", "BMES")))
+_PLACE = "(?P<place>BEGIN|INSIDE|MIDDLE|END|LAST|SINGLE|UNIT|WHOLE|[BIMELSUW])"
+_BEFORE = re.compile(rf"{_PLACE}(?:[-_.:/](?P<name>.+))?", re.IGNORECASE | re.DOTALL)
+_BEHIND = re.compile(rf"(?P<name>.+)[-_.:/]{_PLACE}", re.IGNORECASE | re.DOTALL)
+_SCHEMES = tuple(map(frozenset, ("BIES", "BILU", "BMES", "BMEW")))
 _PAIRS = tuple(map(frozenset, ("BI", "BM")))
 # What O is called elsewhere; read without case, spaces, hyphens and underscores.
 _NO_ENTITY = re.compile("0|out(side)?|others?|none?|null|nothing|no(n|t)?entity|background")
@@ -80,8 +82,8 @@ def read_labels(names: list[str]) -> Labels:
         names,
         classes,
         np.array(class_of, dtype=np.int64),
-        np.array([place in {"B", "S", "U"} for place, _ in read], dtype=bool),
-        np.array([place in {"E", "L", "S", "U"} for place, _ in read], dtype=bool),
+        np.array([place in {"B", "S", "U", "W"} for place, _ in read], dtype=bool),
+        np.array([place in {"E", "L", "S", "U", "W"} for place, _ in read], dtype=bool),
     )
 
 
@@ -107,7 +109,7 @@ def _reading(names: list[str], pattern: re.Pattern[str], spare: int) -> _Places:
     """The names that hold a place by ``pattern``; ``spare`` of all may be without one."""
     matches = {name: pattern.fullmatch(name) for name in names}
     found = {
-        name: (match["place"].upper(), match["name"] or "")
+        name: (match["place"][0].upper(), match["name"] or "")
         for name, match in matches.items()
         if match is not None
     }
@@ -149,5 +151,6 @@ def _is_scheme(of_class: Mapping[str, set[str]], certain: bool) -> bool:
     if len(of_class.get("", "BI")) == 1:
         return False
     alone = {place for places in of_class.values() if len(places) == 1 for place in places}
-    singles = {"S", "U"} if letters & {"E", "L"} else shared & {"S", "U"}
+    all_of_it = {"S", "U", "W"}
+    singles = all_of_it if letters & {"E", "L"} else shared & all_of_it
     return alone <= {"B", "I"} | singles
