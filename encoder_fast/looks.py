@@ -35,6 +35,9 @@ _exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 # What a module keeps in dictionaries of their own.
 _KEPT = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
+CAN_WATCH = hasattr(_extension, "numbers_of")
+"""Whether a :class:`Watch` can tell that nothing has changed."""
+
 Edge = tuple[dict[str, Any], str, nn.Module, type, dict[str, Any], int]
 """The children of a parent, a name among them, the child, its class, its children, their number."""
 
@@ -84,9 +87,9 @@ class Watch:
         return seen.mark
 
     def _read(self, owner: nn.Module) -> _Seen:
-        if not hasattr(_extension, "numbers_of"):
+        if not CAN_WATCH:
             return _Seen(b"", [], [], object())
-        objects = [*self._objects, *_written_classes(self._objects)]
+        objects = [*self._objects, *written_classes(self._objects)]
         before = _extension.numbers_of(objects, [], owner)
         dictionaries = list(self._dictionaries(owner))
         numbers = _extension.numbers_of(objects, dictionaries, owner)
@@ -119,7 +122,7 @@ class _Seen:
 _WRITTEN = 1 << 9
 
 
-def _written_classes(objects: list[Any]) -> list[type]:
+def written_classes(objects: list[Any]) -> list[type]:
     """The classes of objects and their bases, as far as they were written in Python."""
     bases = (base for cls in dict.fromkeys(map(type, objects)) for base in cls.__mro__)
     return [base for base in dict.fromkeys(bases) if base.__flags__ & _WRITTEN]

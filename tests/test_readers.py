@@ -1,6 +1,7 @@
 """Who reads padding decides: library modules that do get the original's, a user's own zeros."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -450,3 +451,190 @@ def test_heads_that_are_known_say_nothing(head: str) -> None:
     with torch.inference_mode():
         model(**inputs("right"))
     assert "zeros" not in str(encoder_fast.report(model))
+
+
+class AllColumns(Pooling):
+    """Replaces what the library's forward calls."""
+
+    def _forward_padded(self, tokens: Tensor, *_: object, **__: object) -> list[Tensor]:
+        return [tokens.mean(dim=1)]
+
+
+def pooling_of_ones_own(where: str, monkeypatch: pytest.MonkeyPatch) -> Pooling:
+    if where == "class":
+        monkeypatch.setattr(Pooling, "_forward_padded", AllColumns._forward_padded)
+    if where == "instance":
+        pooling = Pooling(48)
+        pooling._forward_padded = AllColumns(48)._forward_padded
+        return pooling
+    if where == "subclass of that name":
+        return type("Pooling", (AllColumns,), {})(48)
+    return AllColumns(48) if where == "subclass" else Pooling(48)
+
+
+@pytest.mark.parametrize("where", ["class", "instance", "subclass", "subclass of that name"])
+def test_a_method_of_a_pooling_replaced(
+    where: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs, is given zeros, and is named; where a first column is padding, the original's."""
+    model = encoder_fast.patch(sequence(folder, Pooling(48)))
+    model.encode(TEXTS)
+    assert encoder_fast.report(model).encoders[0].pooled_calls == 1
+    model[1] = pooling_of_ones_own(where, monkeypatch)
+    found = model.encode(TEXTS, convert_to_tensor=True)
+    features = {n: x.to(DEVICE) for n, x in model.preprocess(TEXTS).items() if torch.is_tensor(x)}
+    with torch.inference_mode():
+        states = model[0].auto_model(**features).last_hidden_state
+    torch.testing.assert_close(found, states.mean(dim=1), rtol=1e-4, atol=1e-5)
+    named = encoder_fast.report(model).encoders[0].zeros_to
+    assert any("Pooling" in name or name == "AllColumns" for name in named)
+
+
+def activations() -> dict[str, Callable]:
+    class Cumulative(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(dim=1)
+
+    def cumulative(x: Tensor) -> Tensor:
+        return x.cumsum(dim=1)
+
+    return {"Cumulative": Cumulative(), "cumulative": cumulative}
+
+
+@pytest.mark.parametrize("name", activations())
+def test_an_activation_of_the_users_own(name: str, folder: str) -> None:
+    dense = Dense(
+        48, 8, activation_function=activations()[name], module_input_name="token_embeddings"
+    )
+    model = encoder_fast.patch(sequence(folder, dense, Pooling(8)), strict=True)
+    model.encode(TEXTS)
+    assert encoder_fast.report(model).encoders[0].zeros_to == (name,)
+    after = Dense(48, 8, activation_function=lambda x: x * 2)  # of texts, not of tokens
+    model = encoder_fast.patch(sequence(folder, Pooling(48), after), strict=True)
+    model.encode(TEXTS)
+    assert encoder_fast.report(model).encoders[0].zeros_to == ()
+
+
+def test_a_module_of_torch_over_columns(folder: str) -> None:
+    softmax = nn.Softmax(dim=1)
+    dense = Dense(48, 8, activation_function=softmax, module_input_name="token_embeddings")
+    model = sequence(folder, dense, Pooling(8))
+    before = model.encode(TEXTS)
+    assert (encoder_fast.patch(model).encode(TEXTS) == before).all()
+    assert "Softmax, which is not known to ignore padding" in reasons(model)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("where", ["0", "1", "1.linear", "2", ""])
+def test_a_hook_among_modules(where: str, given: bool, folder: str) -> None:
+    model = encoder_fast.patch(sequence(folder, token_dense(), Pooling(16)))
+    model.encode(TEXTS)
+    assert encoder_fast.report(model).encoders[0].zeros_to == ()
+    module = model.get_submodule(where)
+    if given:
+        handle = module.register_forward_pre_hook(lambda *_: None)
+    else:
+        handle = module.register_forward_hook(lambda *_: None)
+    model.encode(TEXTS)
+    # Ahead of the encoder there is nothing to see.
+    expected = () if given and where in ("", "0") else (f"a hook on {type(module).__name__}",)
+    assert encoder_fast.report(model).encoders[0].zeros_to == expected
+    handle.remove()
+    encoder_fast.patch(model)
+    model.encode(TEXTS)
+    assert encoder_fast.report(model).encoders[0].zeros_to == ()
+
+
+@pytest.mark.parametrize("head", ["ForTokenClassification", "ForSequenceClassification"])
+def test_a_hook_on_the_encoder_below_a_head(head: str) -> None:
+    model = encoder_fast.patch(zoo.build("bert", head))
+    model.bert.register_forward_hook(lambda *_: None)
+    with torch.inference_mode():
+        model(**inputs("right"))
+        model(**inputs("mixed"))
+    report = encoder_fast.report(model).encoders[0]
+    assert (report.fast_calls, report.zeros_to) == (1, ("a hook on BertModel",))
+    assert "left padding), which a hook on BertModel may read" in next(iter(report.fallbacks))
+
+
+def test_forwards_on_instances(folder: str) -> None:
+    model = encoder_fast.patch(zoo.build("bert", "ForTokenClassification"))
+    model.forward = lambda **call: model.bert(**call)[0].mean(dim=1)
+    with torch.inference_mode():
+        model(**inputs("right"))
+    name = f"the forward set on {type(model).__name__}"
+    assert encoder_fast.report(model).encoders[0].zeros_to == (name,)
+    model = encoder_fast.patch(sequence(folder, Pooling(48)))
+    forward = model[0].forward
+    model[0].forward = lambda features, **options: forward(features, **options)
+    model.encode(TEXTS)
+    assert encoder_fast.report(model).encoders[0].zeros_to == ("the forward set on Transformer",)
+
+
+def test_whoever_called_what_holds_the_encoder(folder: str) -> None:
+    model = encoder_fast.patch(zoo.build("bert", "ForTokenClassification"))
+    with torch.inference_mode():
+        model.bert(**inputs("right"))
+    assert encoder_fast.report(model).encoders[0].zeros_to == (readers.CALLER,)
+    model = encoder_fast.patch(sequence(folder, Pooling(48)))
+    embed(model, folder)
+    assert encoder_fast.report(model).encoders[0].zeros_to == (readers.CALLER,)
+
+
+@pytest.mark.parametrize("order", ["part first", "whole first"])
+def test_copies_in_any_order(order: str, folder: str) -> None:
+    model = encoder_fast.patch(sequence(folder, CNN(48, 16, [3]), Pooling(16)))
+    before = model.encode(TEXTS)
+    pair = [model[0].auto_model, model] if order == "part first" else [model, model[0]]
+    clone = copy.deepcopy(pair)[1 if order == "part first" else 0]
+    for _ in range(2):
+        assert (clone.encode(TEXTS) == before).all()
+        assert "padding under CNN" in reasons(clone)
+        clone = copy.deepcopy(clone)
+
+
+def test_a_copy_of_a_part_is_read_as_the_whole_was() -> None:
+    model = encoder_fast.patch(Mean(tiny()))
+    part = copy.deepcopy(model.encoder)
+    with torch.inference_mode():
+        part(**inputs("right"))
+        part(**inputs("mixed"))
+    (report,) = encoder_fast.report(part).encoders
+    assert (report.fast_calls, set(report.zeros_to)) == (1, {"Mean", readers.CALLER})
+
+
+def test_what_holds_an_encoder_is_not_kept_alive() -> None:
+    model = encoder_fast.patch(Mean(tiny()))
+    with torch.inference_mode():
+        model(**inputs("right"))
+    encoder, gone = model.encoder, weakref.ref(model)
+    del model
+    assert gone() is None
+    with torch.inference_mode():
+        encoder(**inputs("right"))
+    assert readers.CALLER in encoder_fast.report(encoder).encoders[0].zeros_to
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForTokenClassification", "Model"])
+def test_what_stands_above_modernvbert(head: str) -> None:
+    """A loss over padding, and its own caller."""
+    if not hasattr(transformers, "ModernVBertModel"):
+        pytest.skip("this transformers has no ModernVBert")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ModernVBertConfig(
+        text_config={"vocab_size": 97, "intermediate_size": 32, "pad_token_id": 0, **sizes},
+        vision_config={"image_size": 16, "patch_size": 8, "intermediate_size": 16, **sizes},
+        image_token_id=96,
+    )
+    model = getattr(transformers, f"ModernVBert{head}")(config).to(DEVICE).eval()
+    call = {name: inputs("right")[name] % 90 for name in ("input_ids", "attention_mask")}
+    labels = {} if head == "Model" else {"labels": call["input_ids"] % 2}
+    with torch.inference_mode():
+        before = model(**call, **labels)[0]
+        after = encoder_fast.patch(model)(**call, **labels)[0]
+    (report,) = encoder_fast.report(model).encoders
+    if head == "Model":
+        assert (report.fast_calls, report.zeros_to) == (1, (readers.CALLER,))
+    else:
+        assert torch.equal(after, before)
+        assert f"ModernVBert{head}, which is not known" in reasons(model)

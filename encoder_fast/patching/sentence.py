@@ -25,11 +25,12 @@ from encoder_fast.ops import pool
 from encoder_fast.packing import PackedBatch
 from encoder_fast.patching.head import is_watched
 from encoder_fast.patching.locate import STATE, original_class
+from encoder_fast.patching.own import own_method
 
 _LIBRARY = ("sentence_transformers.",)
 
 # They read the sentence embedding alone, unless they are told another name.
-_AFTER_POOLING = ("Dense", "Dropout", "LayerNorm", "Normalize")
+AFTER_POOLING = ("Dense", "Dropout", "LayerNorm", "Normalize")
 
 POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -86,25 +87,36 @@ def pooling_behind(encoder: nn.Module) -> PackedPooling | None:
     return wanted if wanted is not None and wanted.encoder is encoder else None
 
 
+_encoding: ContextVar[nn.Module | None] = ContextVar("encoding", default=None)
+
+
+def container_encoding() -> nn.Module | None:
+    """The ``SentenceTransformer`` or its like that is called by its own ``encode`` or ``predict``,
+    which reads embeddings or scores of texts, or the tokens that have a mask of 1."""
+    return _encoding.get()
+
+
 class ContainerState:
-    """What a patched ``SentenceTransformer`` carries. It decides anew in every ``encode``."""
+    """What a patched ``SentenceTransformer``, or its like, carries. It decides anew in every
+    ``encode`` or ``predict``."""
 
-    entry = "encode"
-
-    def __init__(self, original: Any) -> None:
+    def __init__(self, original: Any, entry: str) -> None:
         self.original = original
+        self.entry = entry
 
     # Under a tracer, who reads what the encoder returns is not what the modules say.
     @torch.compiler.disable
     def attempt(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The library's own ``encode``, as ever."""
-        encode = self.original.encode
+        encode = getattr(self.original, self.entry)
         alone = _reads_embeddings_alone(encode, args, kwargs)
-        token = _wanted.set(_read_pipeline(model) if alone else None)
+        wanted = _wanted.set(_read_pipeline(model) if alone else None)
+        encoding = _encoding.set(model if alone else None)
         try:
             return encode(model, *args, **kwargs)
         finally:
-            _wanted.reset(token)
+            _wanted.reset(wanted)
+            _encoding.reset(encoding)
 
 
 class PoolingState:
@@ -165,30 +177,42 @@ class TransformerState:
 SentenceState = ContainerState | PoolingState | TransformerState
 
 
+_CONTAINERS = {
+    "SentenceTransformer": "encode",
+    "SparseEncoder": "encode",
+    "MultiVectorEncoder": "encode",
+    "CrossEncoder": "predict",
+}
+
+
 def sentence_states(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, SentenceState]]:
-    """What there is to patch beside the encoders: each ``SentenceTransformer`` and its pooling, and
-    transformers that expand queries."""
+    """What there is to patch beside the encoders: each ``SentenceTransformer`` or its like, its
+    pooling, and transformers that expand queries."""
     found: list[tuple[nn.Module, SentenceState]] = []
     for module in modules:
         if is_expanding(module):
             found.append((module, TransformerState(original_class(module))))
+        for name, entry in _CONTAINERS.items():
+            if _is_own(module, name, methods=(entry, "forward")):
+                found.append((module, ContainerState(original_class(module), entry)))
         if _is_own(module, "SentenceTransformer", methods=("encode", "forward")):
             parts = list(module.children())
             if len(parts) > 1 and _is_own(parts[1], "Pooling"):
-                found.append((module, ContainerState(original_class(module))))
                 found.append((parts[1], PoolingState(original_class(parts[1]))))
     return found
 
 
 def _reads_embeddings_alone(encode: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call of ``encode`` asks for what it gives by default."""
     signature = _signature(encode)
     if "output_value" not in signature.parameters:
-        return False
+        return True
     try:
         given = signature.bind_partial(None, *args, **kwargs).arguments
     except TypeError:  # which the call itself will raise
         return False
-    return given.get("output_value", "sentence_embedding") == "sentence_embedding"
+    default = signature.parameters["output_value"].default
+    return given.get("output_value", default) == default
 
 
 @functools.lru_cache(maxsize=16)
@@ -213,7 +237,7 @@ def _read_pipeline(model: Any) -> PackedPooling | None:
         and set(modes) <= set(pool.MODES)
         and getattr(pooling, "include_prompt", True)
         and all(
-            _is_untouched(module, *_AFTER_POOLING)
+            _is_untouched(module, *AFTER_POOLING)
             and getattr(module, "module_input_name", "sentence_embedding") == "sentence_embedding"
             for module in rest
         )
@@ -260,6 +284,7 @@ def _is_untouched(module: Any, *names: str, methods: tuple[str, ...] = ("forward
     return (
         _is_own(module, *names, methods=methods)
         and module.__dict__.keys().isdisjoint(method for method in methods if method != "forward")
+        and (isinstance(module, nn.Sequential) or own_method(module) is None)
         and not is_watched(module)
         and getattr(module, "_compiled_call_impl", None) is None
     )

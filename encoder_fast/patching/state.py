@@ -244,8 +244,9 @@ class EncoderState:
         hidden, batch = self._encode(
             model, call, readers, has_pooler or alone, collect, first_alone
         )
-        if batch.indices is not None and readers.own is not None:
-            self.counts.count_zeros(readers.own)
+        if batch.indices is not None and not first_alone:
+            for reader in readers.own:
+                self.counts.count_zeros(reader)
         if first_alone:
             last = with_first = hidden.unsqueeze(1)
         else:

@@ -194,7 +194,7 @@ class _State(dict[str, Any]):
     def __deepcopy__(self, memo: dict) -> dict[str, Any]:
         before, clone = self._module.__dict__.get(STATE), memo.get(id(self._module))
         if isinstance(before, EncoderState) and isinstance(clone, nn.Module):
-            clone.__dict__[STATE].surroundings = before.surroundings.copied(memo)
+            clone.__dict__[STATE].surroundings = before.surroundings.copied(memo, self._module)
         return copy.deepcopy(dict(self), memo)
 
     def __reduce__(self) -> Any:
