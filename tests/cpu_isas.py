@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from berts import DEVICE
 from layer_norm_oracle import layer_norm_float64
 from test_ops import check, cumulative, distance_attention
 
-from encoder_fast.backends import cpu_attention, cpu_kernels
+from encoder_fast.backends import cpu, cpu_attention, cpu_kernels
 from encoder_fast.ops.add_layer_norm import add_layer_norm, add_layer_norm_sum
 from encoder_fast.ops.attention import attention
 
@@ -59,7 +60,15 @@ def pytorch_is_not_asked(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 
     # what attention by PyTorch calls whatever the dtype and the lengths
     monkeypatch.setattr(cpu_attention, "_most_scores", refuse)
-    monkeypatch.setattr(F, "layer_norm", refuse)
+    monkeypatch.setattr(_own_functional(monkeypatch), "layer_norm", refuse)
+
+
+def _own_functional(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the CPU backend calls PyTorch's functions by. In their own place, a patched model would
+    notice that they were replaced, and fall back."""
+    functional = SimpleNamespace(**vars(F))
+    monkeypatch.setattr(cpu, "F", functional)
+    return functional
 
 
 @pytest.fixture
@@ -77,7 +86,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What PyTorch was asked for."""
     calls: list[str] = []
-    for place, name in ((cpu_attention, "_most_scores"), (F, "layer_norm")):
+    functional = _own_functional(monkeypatch)
+    for place, name in ((cpu_attention, "_most_scores"), (functional, "layer_norm")):
         monkeypatch.setattr(place, name, _spied(getattr(place, name), name, calls))
     return calls
 
