@@ -102,7 +102,9 @@ def test_errors() -> None:
         "pos_key's last stride": {"pos_key": one.pos_key.mT.contiguous().mT},
         "row_of_distance must be int32": {"row_of_distance": one.row_of_distance.long()},
         "2R \\+ 1": {"row_of_distance": one.row_of_distance[1:]},
-        "row_of_distance must be contiguous": {"row_of_distance": one.row_of_distance[::2]},
+        "row_of_distance must be contiguous": {
+            "row_of_distance": one.row_of_distance.repeat_interleave(2)[::2]
+        },
         "softmax_scale": {"scale": 0.0},
     }
     for message, change in wrong.items():
