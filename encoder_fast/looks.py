@@ -35,11 +35,13 @@ _exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 # What a module keeps in dictionaries of their own.
 _KEPT = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
-CAN_WATCH = hasattr(_extension, "numbers_of")
-"""Whether a :class:`Watch` can tell that nothing has changed."""
-
 Edge = tuple[dict[str, Any], str, nn.Module, type, dict[str, Any], int]
 """The children of a parent, a name among them, the child, its class, its children, their number."""
+
+
+def can_watch() -> bool:
+    """Whether a :class:`Watch` can tell that nothing has changed."""
+    return hasattr(_extension, "numbers_of")
 
 
 def are_quiet(edges: list[Edge]) -> bool:
@@ -87,7 +89,7 @@ class Watch:
         return seen.mark
 
     def _read(self, owner: nn.Module) -> _Seen:
-        if not CAN_WATCH:
+        if not can_watch():
             return _Seen(b"", [], [], object())
         objects = [*self._objects, *written_classes(self._objects)]
         before = _extension.numbers_of(objects, [], owner)

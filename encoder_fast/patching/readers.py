@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from encoder_fast.families import Family
 from encoder_fast.families.origin import is_library_code
-from encoder_fast.looks import CAN_WATCH
+from encoder_fast.looks import can_watch
 from encoder_fast.patching.head import told_of
 from encoder_fast.patching.locate import original_class
 from encoder_fast.patching.memory import Memory
@@ -180,7 +180,7 @@ class Surroundings:
     def _remember(self, encoder: nn.Module) -> Memory[Readers] | None:
         """Where answers can be kept; nothing where nobody can tell cheaply that they hold."""
         ways = [_way_down(root, names, encoder) for root, names in self.places()]
-        if not CAN_WATCH or None in ways:
+        if not can_watch() or None in ways:
             return None
         above = {id(one): one for way in ways if way is not None for one in way[0]}
         readers = [one for way in ways if way is not None for one in way[1]]
