@@ -32,6 +32,8 @@ _TOKEN_BY_TOKEN = {
     *("GELU", "ReLU", "ReLU6", "LeakyReLU", "ELU", "SELU", "SiLU", "Mish", "Softplus"),
     *("Tanh", "Sigmoid", "Hardtanh", "Hardswish", "Hardsigmoid"),
     *("Sequential", "ModuleList", "ModuleDict", "ParameterDict", "ParameterList"),
+    # A loss goes by its labels, which are looked at in each call.
+    *("CrossEntropyLoss", "BCEWithLogitsLoss"),
 }
 
 
