@@ -4,6 +4,7 @@ Each test replaces something with what gives other numbers, looks whether the pa
 those of the original, and puts it back.
 """
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
@@ -214,3 +215,43 @@ def test_the_library_is_its_own(family: str) -> None:
     code.check("sdpa")
     code.check("eager")
     assert 2 < len(code.dictionaries) < 20
+
+
+@pytest.mark.skipif(not FIVE, reason="transformers 5's names")
+@pytest.mark.parametrize(
+    ("family", "place", "name", "other"),
+    [
+        ("bert", "masking", "bidirectional_mask_function", "causal_mask_function"),
+        (
+            "modernbert",
+            "model",
+            "create_bidirectional_sliding_window_mask",
+            "create_bidirectional_mask",
+        ),
+        ("modernbert", "model", "rotate_half", torch.neg),
+        ("bert", F, "softmax", F.log_softmax),
+        ("bert", F, "linear", torch.ops.aten.linear.default),
+        ("bert", F, "relu", F.selu),
+        ("bert", torch, "matmul", torch.bmm),
+        ("bert", torch, "tanh", torch.sin),
+        ("bert", nn.LayerNorm, "forward", nn.Identity.forward),
+        ("bert", nn.Linear, "forward", nn.Identity.forward),
+    ],
+)
+def test_the_librarys_own_under_another_name(
+    family: str, place: Any, name: str, other: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers are not compared: some of these give none."""
+    patched = encoder_fast.patch(build(family))
+    states(patched)
+    if isinstance(place, str):
+        place = sys.modules["transformers.masking_utils"] if place == "masking" else home_of(family)
+    other = getattr(place, other) if isinstance(other, str) else other
+    monkeypatch.setattr(place, name, other)
+    before = encoder_fast.report(patched).fast_calls
+    with contextlib.suppress(Exception):
+        states(patched)
+    assert encoder_fast.report(patched).fast_calls == before
+    monkeypatch.undo()
+    states(patched)
+    assert encoder_fast.report(patched).fast_calls == before + 1

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from encoder_fast.errors import NotFastError
 from encoder_fast.families.family import has_own_call
-from encoder_fast.families.origin import is_users_code
+from encoder_fast.families.origin import innermost, is_users_code
 from encoder_fast.looks import are_same
 
 # Where the arithmetic is. Of what else transformers' code calls, no number comes.
@@ -33,7 +34,11 @@ _READ = (
 )
 
 # What the engine's kernels replace of PyTorch.
-_FUNCTIONAL = ("embedding", "layer_norm", "linear", "scaled_dot_product_attention", "softmax")
+_FUNCTIONAL = (
+    *("embedding", "layer_norm", "linear", "scaled_dot_product_attention", "softmax"),
+    *("gelu", "relu", "silu"),
+)
+_TORCH = ("bmm", "gather", "matmul", "tanh")
 
 
 class Code:
@@ -55,8 +60,9 @@ class Code:
             self._follow(vars(cls).get("forward"))
             for _, function in _methods(cls):
                 self._follow(function)
-        for name in _FUNCTIONAL:
-            self._names[id(F.__dict__), name] = F.__dict__
+        for module, names in ((F, _FUNCTIONAL), (torch, _TORCH)):
+            for name in names:
+                self._names[id(module.__dict__), name] = module.__dict__
         spaces = {id(space): space for space in self._names.values()}
         tables = [mapping for table in self._tables.values() for mapping in table]
         self.dictionaries = [*spaces.values(), *tables]
@@ -94,6 +100,13 @@ class Code:
             for where, name, value in found:
                 if is_users_code(value):
                     raise NotFastError(f"{where}{name} was replaced")
+            for (_, name), space in self._names.items():
+                if _is_another(space.get(name), name):
+                    raise NotFastError(f"{space['__name__']}.{name} was replaced")
+            for cls in dict.fromkeys(map(type, self._modules)):
+                owner, _, _ = innermost(cls.forward).__qualname__.rpartition(".")
+                if owner and owner not in {base.__qualname__ for base in cls.__mro__}:
+                    raise NotFastError(f"the forward of {cls.__name__} was replaced")
             for (space, name), tables in self._tables.items():
                 if not are_same(list(_tables_of(self._names[space, name][name])), tables):
                     raise NotFastError(f"{name} was replaced")
@@ -116,6 +129,17 @@ class Code:
         for cls in self._classes:
             for name, function in _methods(cls):
                 yield f"{cls.__name__}.", name, function
+
+
+def _is_another(value: Any, name: str) -> bool:
+    """Whether a library's own function stands under the name of another one."""
+    if (
+        isinstance(value, type)
+        or not callable(value)
+        or isinstance(value, torch.jit.ScriptFunction)
+    ):
+        return False
+    return getattr(innermost(value), "__name__", name) != name
 
 
 def _tables_of(value: Any) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ _known: weakref.WeakKeyDictionary[FunctionType, bool] = weakref.WeakKeyDictionar
 def is_library_code(function: Any, libraries: tuple[str, ...] = MODELS) -> bool:
     """Whether a function, below all its decorators, is one of ``libraries``, and nothing that
     it holds is a user's."""
-    return _home(_innermost(function)).startswith(libraries) and not is_users_code(function)
+    return _home(innermost(function)).startswith(libraries) and not is_users_code(function)
 
 
 def is_users_code(value: Any) -> bool:
@@ -80,7 +80,8 @@ def _held_by(value: Any) -> Iterator[Any]:
             yield from getattr(value, "__dict__", {}).values()
 
 
-def _innermost(function: Any) -> Any:
+def innermost(function: Any) -> Any:
+    """What is below all decorators."""
     while True:
         if isinstance(function, MethodType):
             function = function.__func__
