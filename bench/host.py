@@ -22,16 +22,16 @@ from torch import Tensor
 ROUNDS, CALLS = 300, 5
 
 
-def main() -> None:
+def main(rounds: int = ROUNDS) -> None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
     model, call = patched_bert(), tokenized()
     with torch.inference_mode():
         for _ in range(3):
             model(**call)
-        print(f"{'us a call':<34}{'median':>10}{'fastest':>10}")
+        print(f"{'us a call':<34}{'median':>10}{'fastest':>10}", flush=True)
         for name, part in parts_of(model, call).items():
-            median, fastest = microseconds(part)
+            median, fastest = microseconds(part, rounds)
             print(f"{name:<34}{median:>10.1f}{fastest:>10.1f}")
 
 
@@ -92,7 +92,8 @@ def parts_of(model: Any, call: dict[str, Tensor]) -> dict[str, Callable[[], Any]
     reading = state._reading
     spec, backend, graphs = reading.spec, reading.backend, reading.graphs
     arguments = steps.read_arguments(state.original, model.config, (), call)
-    batch = steps.pack_call(arguments, spec, backend, True)
+    readers = state.surroundings.readers(model)
+    batch = steps.pack_call(arguments, spec, backend, True, readers)
     hidden = torch.zeros(batch.total, 768)
     padded = batch.unpack(hidden)
     inputs = steps.inputs_of(arguments, spec, batch)
@@ -102,9 +103,10 @@ def parts_of(model: Any, call: dict[str, Tensor]) -> dict[str, Callable[[], Any]
         "is the model unchanged": lambda: reading.still_holds(model, state.original),
         "was the graph right": lambda: graphs.confirm(replayed),
         "arguments": lambda: steps.read_arguments(state.original, model.config, (), call),
-        "mode": lambda: steps._check_mode(model, arguments),
+        "mode": lambda: steps._check_mode(model),
+        "who reads the output": lambda: state.surroundings.readers(model),
         "attention implementation": lambda: reading.check_attention(model.config),
-        "tensors and mask": lambda: steps.pack_call(arguments, spec, backend, True),
+        "tensors and mask": lambda: steps.pack_call(arguments, spec, backend, True, readers),
         "packing, launching, copying out": lambda: graphs.replay_ahead(inputs, False),
         "unpacking": lambda: batch.unpack(hidden),
         "the model's own pooler": lambda: state._pool_first(model, padded),
@@ -112,10 +114,10 @@ def parts_of(model: Any, call: dict[str, Tensor]) -> dict[str, Callable[[], Any]
     }
 
 
-def microseconds(part: Callable[[], Any]) -> tuple[float, float]:
+def microseconds(part: Callable[[], Any], rounds: int) -> tuple[float, float]:
     """A call's median, and what the fastest tenth stay below: on a busy machine that says more."""
     seconds = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         for _ in range(CALLS):
             part()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -467,3 +469,15 @@ def test_attention_reads_the_table() -> None:
 
 def test_shipped_table_is_well_formed() -> None:
     check_table(json.loads((ROOT / "kernels/launch_table.json").read_text()))
+
+
+def test_the_hosts_part_of_a_call() -> None:
+    """In a process of its own: it puts recorders and kernels that do nothing in places."""
+    run = "from bench import host; host.main(rounds=2)"
+    done = subprocess.run(
+        [sys.executable, "-c", run], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    figures = [line.split()[-1] for line in done.stdout.splitlines()[1:]]
+    assert len(figures) == 12
+    assert all(float(figure) > 0 for figure in figures)
