@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -29,7 +28,6 @@ from encoder_fast.patching.reporting import Counts
 FAST = "fast"
 
 _met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_thread = threading.local()
 _calls: Counter[str] = Counter()
 """Of the encoders in the test that runs: :data:`FAST`, or the reason why not."""
 
@@ -88,14 +86,15 @@ def _patch_what_is_called() -> None:
     original: Any = nn.Module.__call__
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or getattr(_thread, "inside", False):
+        if torch.compiler.is_compiling():
             return original(self, *args, **kwargs)
         _patch(self)
-        _thread.inside = True
+        # A patched model notices what stands in its place, and falls back.
+        nn.Module.__call__ = original  # type: ignore[method-assign]
         try:
             return original(self, *args, **kwargs)
         finally:
-            _thread.inside = False
+            nn.Module.__call__ = call  # type: ignore[method-assign]
 
     nn.Module.__call__ = call  # type: ignore[method-assign]
 
