@@ -100,13 +100,11 @@ class Code:
             for where, name, value in found:
                 if is_users_code(value):
                     raise NotFastError(f"{where}{name} was replaced")
-            for (_, name), space in self._names.items():
-                if _is_another(space.get(name), name):
-                    raise NotFastError(f"{space['__name__']}.{name} was replaced")
-            for cls in dict.fromkeys(map(type, self._modules)):
-                owner, _, _ = innermost(cls.forward).__qualname__.rpartition(".")
-                if owner and owner not in {base.__qualname__ for base in cls.__mro__}:
-                    raise NotFastError(f"the forward of {cls.__name__} was replaced")
+            for (_, name), home in self._names.items():
+                if _is_another(home.get(name), name):
+                    raise NotFastError(f"{home['__name__']}.{name} was replaced")
+            for own_class in dict.fromkeys(map(type, self._modules)):
+                _check_forward(own_class)
             for (space, name), tables in self._tables.items():
                 if not are_same(list(_tables_of(self._names[space, name][name])), tables):
                     raise NotFastError(f"{name} was replaced")
@@ -140,6 +138,13 @@ def _is_another(value: Any, name: str) -> bool:
     ):
         return False
     return getattr(innermost(value), "__name__", name) != name
+
+
+def _check_forward(cls: Any) -> None:
+    """Raise where the forward is that of a class which is none of its bases."""
+    owner, _, _ = innermost(cls.forward).__qualname__.rpartition(".")
+    if owner and owner not in {base.__qualname__ for base in cls.__mro__}:
+        raise NotFastError(f"the forward of {cls.__name__} was replaced")
 
 
 def _tables_of(value: Any) -> list[dict[str, Any]]:
