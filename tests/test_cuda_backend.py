@@ -321,6 +321,7 @@ def test_predicted_attention(calls, monkeypatch, size, dtype, winner) -> None:
     monkeypatch.setattr(measurements, "TABLE", {})
     if CUDA != "cuda":
         monkeypatch.setattr(measurements, "winner", lambda *call: str(CUDA))
+    monkeypatch.setattr("encoder_fast.ops._library.why_not", lambda *_: None)  # for want of a GPU
     one = problem((5,), dtype, heads=1, head_dim=size, device=DEVICE)
     load("measured").disentangled_attention(*one.arguments)
     assert calls == [winner]
@@ -333,6 +334,7 @@ def test_auto_copies_what_cuda_does_not_read(calls, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(op, "resolve", lambda *call: ("measured", ""))
     monkeypatch.setattr(measurements, "TABLE", {})
     monkeypatch.setattr(measurements, "winner", lambda *call: str(CUDA))
+    monkeypatch.setattr("encoder_fast.ops._library.why_not", lambda *_: None)  # for want of a GPU
     for k in (one.k[:5], apart[:, :, :32]):
         attention(one.q[:5], k, one.v[:5], one.cu_seqlens, 5)
         disentangled_attention.disentangled_attention(
@@ -349,6 +351,7 @@ def test_auto_compiles_without_a_graph_break(monkeypatch: pytest.MonkeyPatch) ->
     for op in (attention_op, disentangled_attention):
         monkeypatch.setattr(op, "resolve", lambda *call: ("measured", ""))
     monkeypatch.setattr(measurements, "winner", lambda *call: str(CUDA))
+    monkeypatch.setattr("encoder_fast.ops._library.why_not", lambda *_: None)  # for want of a GPU
 
     places = one.cu_seqlens, one.longest
     positions = {"pos_key": one.pos_key, "pos_query": one.pos_query}
