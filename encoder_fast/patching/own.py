@@ -7,6 +7,7 @@ replaced, no hook is on it, and what it calls goes token by token. Anything else
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from encoder_fast.families.family import has_own_call, has_own_forward
 from encoder_fast.families.origin import is_library_code
+from encoder_fast.looks import are_same
 from encoder_fast.patching.locate import original_class
 
 SENTENCE = ("sentence_transformers.",)
@@ -79,20 +81,31 @@ def own_method(module: nn.Module) -> str | None:
     for name in module.__dict__:
         if name != "forward" and name not in _BESIDE and callable(getattr(cls, name, None)):
             return f"{name} set on {cls.__name__}"
-    for name, function in _methods(cls):
-        if name not in _BESIDE and not is_library_code(function, _LIBRARIES):
-            return f"{name} set on {cls.__name__}"
-    return None
+    replaced = _replaced_method(cls)
+    return None if replaced is None else f"{replaced} set on {cls.__name__}"
 
 
-def _methods(cls: type) -> Iterator[tuple[str, Any]]:
-    for base in cls.__mro__:
-        if base.__module__.startswith(SENTENCE):
-            for name, value in vars(base).items():
-                function = value.fget if isinstance(value, property) else value
-                function = getattr(function, "__func__", function)
-                if callable(function) and not isinstance(function, type):
-                    yield name, function
+# What the classes had when they were read, and which of it is the user's own.
+_read: weakref.WeakKeyDictionary[type, tuple[list[Any], str | None]] = weakref.WeakKeyDictionary()
+
+
+def _replaced_method(cls: type) -> str | None:
+    bases = [vars(base) for base in cls.__mro__ if base.__module__.startswith(SENTENCE)]
+    values = [value for base in bases for value in base.values()]
+    known = _read.get(cls)
+    # To judge a method takes a hundred times as long as to see that it is the same.
+    if known is None or not are_same(known[0], values):
+        replaced = (name for base in bases for name, value in base.items() if _is_own(name, value))
+        known = _read[cls] = values, next(replaced, None)
+    return known[1]
+
+
+def _is_own(name: str, value: Any) -> bool:
+    function = value.fget if isinstance(value, property) else value
+    function = getattr(function, "__func__", function)
+    if name in _BESIDE or not callable(function) or isinstance(function, type):
+        return False
+    return not is_library_code(function, _LIBRARIES)
 
 
 def unknown_parts(module: nn.Module) -> Iterator[tuple[str, bool]]:

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from encoder_fast.families.origin import is_library_code
+from encoder_fast.looks import can_watch
 from encoder_fast.ops import pool
 from encoder_fast.packing import PackedBatch
 from encoder_fast.patching.head import is_watched
 from encoder_fast.patching.locate import STATE, original_class
+from encoder_fast.patching.memory import Memory
 from encoder_fast.patching.own import own_method
 
 _LIBRARY = ("sentence_transformers.",)
@@ -103,6 +105,10 @@ class ContainerState:
     def __init__(self, original: Any, entry: str) -> None:
         self.original = original
         self.entry = entry
+        self._memory: Memory[bool] | None = None
+
+    def __copy__(self) -> ContainerState:
+        return ContainerState(self.original, self.entry)
 
     # Under a tracer, who reads what the encoder returns is not what the modules say.
     @torch.compiler.disable
@@ -110,13 +116,25 @@ class ContainerState:
         """The library's own ``encode``, as ever."""
         encode = getattr(self.original, self.entry)
         alone = _reads_embeddings_alone(encode, args, kwargs)
-        wanted = _wanted.set(_read_pipeline(model) if alone else None)
+        wanted = _wanted.set(self._pipeline(model) if alone else None)
         encoding = _encoding.set(model if alone else None)
         try:
             return encode(model, *args, **kwargs)
         finally:
             _wanted.reset(wanted)
             _encoding.reset(encoding)
+
+    def _pipeline(self, model: Any) -> PackedPooling | None:
+        """What to ask of the encoder; nothing where anybody else may see what it returns."""
+        memory = self._memory
+        if memory is None or not memory.holds(model):
+            self._memory = memory = _remember(model) if can_watch() else None
+        is_known = None if memory is None else memory.answers.get(None)
+        if is_known is None:
+            is_known = _is_a_known_pipeline(model)
+            if memory is not None:
+                memory.answers[None] = is_known
+        return _read_pipeline(model) if is_known else None
 
 
 class PoolingState:
@@ -220,25 +238,48 @@ def _signature(function: Any) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _read_pipeline(model: Any) -> PackedPooling | None:
-    """What to ask of the encoder; nothing where anybody else may see what it returns."""
+def _remember(model: nn.Module) -> Memory[bool]:
+    """Where it can be kept whether a model is a known pipeline."""
+    parts = list(model.children())
+    return Memory(model, [], [*parts, *(one for part in parts for one in _unheard_in(part))], [])
+
+
+def _unheard_in(transformer: Any) -> list[nn.Module]:
+    """The encoder in a transformer and its pooler, which runs no more: nobody read what it gave."""
+    encoder = getattr(transformer, "auto_model", None)
+    if not isinstance(encoder, nn.Module):
+        return []
+    pooler = getattr(encoder, "pooler", None)
+    return [encoder] if pooler is None else [encoder, *pooler.modules()]
+
+
+def _is_a_known_pipeline(model: Any) -> bool:
+    """Whether it is a transformer, a pooling and what goes by its vectors, all as they came."""
     parts: list[Any] = list(model.children())
     if len(parts) < 2:
-        return None
+        return False
     transformer, pooling, *rest = parts
-    modes = pooling_modes(pooling)
-    is_readable = (
+    return (
         _is_untouched(model, "SentenceTransformer", methods=("encode", "forward"))
         and _is_untouched(transformer, "Transformer")
-        and _gives_last_hidden_state(transformer)
         and _is_untouched(pooling, "Pooling")
         and isinstance(pooling.__dict__.get(STATE), PoolingState)
+        and all(_is_untouched(module, *AFTER_POOLING) for module in rest)
+        and not any(map(is_watched, _unheard_in(transformer)))
+    )
+
+
+def _read_pipeline(model: Any) -> PackedPooling | None:
+    """What to ask of the encoder in a known pipeline, by its settings."""
+    transformer, pooling, *rest = model.children()
+    modes = pooling_modes(pooling)
+    is_readable = (
+        _gives_last_hidden_state(transformer)
         and bool(modes)
         and set(modes) <= set(pool.MODES)
         and getattr(pooling, "include_prompt", True)
         and all(
-            _is_untouched(module, *AFTER_POOLING)
-            and getattr(module, "module_input_name", "sentence_embedding") == "sentence_embedding"
+            getattr(module, "module_input_name", "sentence_embedding") == "sentence_embedding"
             for module in rest
         )
     )
@@ -248,11 +289,7 @@ def _read_pipeline(model: Any) -> PackedPooling | None:
     tokenizer = getattr(transformer, "tokenizer", None)
     if "cls" in modes and getattr(tokenizer, "padding_side", None) != "right":
         return None
-    # An encoder's own pooler runs no more: nobody has read what it returned.
-    encoder = transformer.auto_model
-    pooler = getattr(encoder, "pooler", None)
-    unheard = [encoder] if pooler is None else [encoder, *pooler.modules()]
-    return None if any(map(is_watched, unheard)) else PackedPooling(encoder, modes)
+    return PackedPooling(transformer.auto_model, modes)
 
 
 def pooling_modes(pooling: Any) -> tuple[str, ...]:
